@@ -1,0 +1,44 @@
+"""CBP quantization for JAX: binary, ternary and power-of-two weights by one link of an optax chain."""
+
+from cbp_jax.constraints import (
+    Constraint,
+    binary,
+    get_constraint,
+    one_bit_shift,
+    shift,
+    ternary,
+    two_bit_shift,
+    uniform,
+)
+from cbp_jax.masking import select
+from cbp_jax.metrics import LayerReport, Report, constraint_failure_score, layer_report, level_histogram
+from cbp_jax.recipe import CBPSGDState, cbp_sgd, keep_params_in_box
+from cbp_jax.state import CBPState, quantize, refit_scales, window
+from cbp_jax.transform import cbp
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CBPSGDState",
+    "CBPState",
+    "Constraint",
+    "LayerReport",
+    "Report",
+    "binary",
+    "cbp",
+    "cbp_sgd",
+    "constraint_failure_score",
+    "get_constraint",
+    "keep_params_in_box",
+    "layer_report",
+    "level_histogram",
+    "one_bit_shift",
+    "quantize",
+    "refit_scales",
+    "select",
+    "shift",
+    "ternary",
+    "two_bit_shift",
+    "uniform",
+    "window",
+]

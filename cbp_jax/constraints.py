@@ -1,0 +1,395 @@
+"""Level sets, and the three elementwise functions that CBP needs of them.
+
+With levels `Q` (in units of a scale `a`) and `q(w)` the level nearest to the weight `w`, times `a`:
+
+    violation(w, g) = 2 |w - q(w)|          where it counts, else 0
+    gradient(w, g)  = 2 sign(w - q(w))      where it counts, else 0
+
+A weight counts outside the levels always, and between two of them where `2 |w - q(w)| <= gap * (1 - 1/g)`, `gap` being the
+distance between the two. So the window `g` runs from 1 (only the outside counts) to infinity (every weight counts).
+
+Reference: Kim and Jeong, "CBP: backpropagation with constraint on weight precision using a pseudo-Lagrange multiplier method",
+NeurIPS 2021, section 3.
+"""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+# Up to this many levels a chain of compares and selects is used, which vectorises best; above it, a bisection.
+_LONGEST_CHAIN = 16
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """The set of values that a constrained weight may take, in units of its scale.
+
+    A constraint is frozen, hashable and a static (leafless) pytree node: a state that holds one carries it in its tree structure.
+
+    Args:
+      name: what reports call it.
+      levels: at least two finite numbers, strictly increasing, in units of the scale.
+
+    Raises:
+      ValueError: if the levels are fewer than two, not finite, repeated or not sorted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from cbp_jax import Constraint
+      >>> constraint = Constraint("asymmetric", (-1.0, 0.0, 2.0))
+      >>> constraint.bits
+      2
+      >>> print(constraint.quantize(jnp.array([-0.7, 0.3, 0.9]), scale=0.5))
+      [-0.5  0.   1. ]
+
+    Reference: Kim and Jeong (2021), section 3.
+    """
+
+    name: str
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"a constraint's name must be a string, got {self.name!r}: write Constraint(name, levels)")
+        levels = tuple(float(level) for level in self.levels)
+        if len(levels) < 2:
+            raise ValueError(f"constraint {self.name!r} needs at least two levels, got {levels}")
+        if not all(map(math.isfinite, levels)):
+            raise ValueError(f"constraint {self.name!r} needs finite levels, got {levels}")
+        if any(low >= high for low, high in itertools.pairwise(levels)):
+            raise ValueError(
+                f"constraint {self.name!r} needs strictly increasing levels, got {levels}: write {tuple(sorted(set(levels)))}"
+            )
+        object.__setattr__(self, "levels", levels)
+
+    @property
+    def bits(self) -> int:
+        """Bits that hold the index of a level: `ceil(log2(number of levels))`."""
+        return (len(self.levels) - 1).bit_length()
+
+    def quantize(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
+        """The level nearest to each weight, times the scale: `q(w)`.
+
+        A weight exactly on a midpoint goes to the upper level; NaN stays NaN.
+
+        Args:
+          w: weights, floating, any shape.
+          scale: the unit of the levels, shape () or broadcastable to `w`, not negative.
+
+        Returns:
+          Array of `w`'s shape and dtype.
+
+        Example:
+          >>> import jax.numpy as jnp, cbp_jax
+          >>> print(cbp_jax.ternary().quantize(jnp.array([-0.9, 0.1, 0.25]), scale=0.5))
+          [-0.5  0.   0.5]
+
+        Reference: Kim and Jeong (2021), section 3.
+        """
+        w, dtype, scale = _prepare(w, scale)
+        return jnp.where(jnp.isnan(w), w, self._nearest(w, scale)).astype(dtype)
+
+    def violation(self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf) -> jax.Array:
+        """The constraint function: `2 |w - q(w)|` where it counts for this window, else 0.
+
+        Args:
+          w: weights, floating, any shape.
+          scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the violation is 0.
+          window: `g >= 1`, shape (); infinity lets every weight count.
+
+        Returns:
+          Array of `w`'s shape, in the weights' unit, of dtype `promote_types(w.dtype, float32)`.
+
+        Example:
+          >>> import jax.numpy as jnp, cbp_jax
+          >>> w = jnp.array([0.0, 0.375, 0.75])
+          >>> print(cbp_jax.binary().violation(w, scale=0.5))
+          [1.   0.25 0.5 ]
+          >>> print(cbp_jax.binary().violation(w, scale=0.5, window=2.0))
+          [0.   0.25 0.5 ]
+
+        Reference: Kim and Jeong (2021), equations 5 to 7; the closed form is this project's.
+        """
+        w, dtype, scale = _prepare(w, scale)
+        offset = self._offset(w, dtype, scale)
+        distance = 2 * jnp.abs(offset)
+        return jnp.where(self._counts(w, scale, distance, window), distance, 0)
+
+    def violation_grad(self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf) -> jax.Array:
+        """The derivative of `violation` with respect to `w`: `2 sign(w - q(w))` where it counts, else 0.
+
+        Args:
+          w: weights, floating, any shape.
+          scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the gradient is 0.
+          window: `g >= 1`, shape (); infinity lets every weight count.
+
+        Returns:
+          Array of `w`'s shape and dtype `promote_types(w.dtype, float32)`, of values -2, 0 and 2; exactly on a level it is 0.
+
+        Example:
+          >>> import jax.numpy as jnp, cbp_jax
+          >>> print(cbp_jax.binary().violation_grad(jnp.array([0.1, 0.5, 0.75]), scale=0.5))
+          [-2.  0.  2.]
+
+        Reference: Kim and Jeong (2021), equation 8.
+        """
+        w, dtype, scale = _prepare(w, scale)
+        offset = self._offset(w, dtype, scale)
+        return jnp.where(self._counts(w, scale, 2 * jnp.abs(offset), window), 2 * jnp.sign(offset), 0)
+
+    def level_index(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
+        """The index into `levels` of the level nearest to each weight.
+
+        Args:
+          w: weights, floating, any shape.
+          scale: the unit of the levels, shape () or broadcastable to `w`.
+
+        Returns:
+          Array of `w`'s shape, int32.
+
+        Example:
+          >>> import jax.numpy as jnp, cbp_jax
+          >>> print(cbp_jax.ternary().level_index(jnp.array([-0.9, 0.1, 0.25]), scale=0.5))
+          [0 1 2]
+        """
+        w, _, scale = _prepare(w, scale)
+        return _step_function(w, scale, self._midpoints, range(len(self.levels)), jnp.int32)
+
+    @property
+    def _midpoints(self) -> tuple[float, ...]:
+        return tuple((low + high) / 2 for low, high in itertools.pairwise(self.levels))
+
+    @property
+    def _gaps(self) -> tuple[float, ...]:
+        gaps = tuple(high - low for low, high in itertools.pairwise(self.levels))
+        even = max(gaps) - min(gaps) <= 1e-12 * max(gaps)  # as far as rounding tells
+        return gaps[:1] * len(gaps) if even else gaps
+
+    def _nearest(self, w: jax.Array, scale: jax.Array) -> jax.Array:
+        return _step_function(w, scale, self._midpoints, self.levels, w.dtype) * scale
+
+    def _offset(self, w: jax.Array, dtype: jnp.dtype, scale: jax.Array) -> jax.Array:
+        """`w - q(w)`, with `q(w)` as a leaf of `dtype` can hold it, so that a stored level violates nothing."""
+        nearest = self._nearest(w, scale)
+        if dtype != w.dtype:  # a pair of casts would be dropped by XLA, which may keep excess precision
+            info = jnp.finfo(dtype)
+            nearest = jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
+        return w - nearest
+
+    def _counts(self, w: jax.Array, scale: jax.Array, distance: jax.Array, window: ArrayLike) -> jax.Array:
+        """Where the constraint is in force: outside the levels, and near enough to one of them."""
+        window = jnp.asarray(window, w.dtype)
+        gap = _step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
+        outside = ~((w >= self.levels[0] * scale) & (w <= self.levels[-1] * scale))
+        near = distance <= gap * (1 - 1 / window)
+        # Rounding must not let a midpoint escape an infinite window.
+        return (outside | near | jnp.isinf(window)) & (scale > 0)
+
+
+def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:
+    """The weights in the dtype to compute in, the dtype they came in, and the scale in the first."""
+    w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        w = w.astype(float)
+    compute = jnp.promote_types(w.dtype, jnp.float32)
+    return w.astype(compute), w.dtype, jnp.asarray(scale, compute)
+
+
+def _step_function(
+    w: jax.Array, scale: jax.Array, edges: Sequence[float], values: Sequence[float], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """`values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`: the lowest value below, the highest above all edges."""
+    if len(set(values)) == 1:  # evenly spaced levels have a single gap: nothing to look up
+        return jnp.asarray(values[0], dtype)
+    if len(values) <= _LONGEST_CHAIN:
+        result = jnp.asarray(values[0], dtype)
+        for edge, value in zip(edges, values[1:], strict=True):
+            result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
+        return result
+    table, index, step = jnp.asarray(edges, w.dtype), jnp.zeros(w.shape, jnp.int32), 1 << (len(edges).bit_length() - 1)
+    while step:
+        above = w >= table[jnp.minimum(index + step, len(edges)) - 1] * scale
+        index = jnp.where(above & (index + step <= len(edges)), index + step, index)
+        step //= 2
+    return jnp.asarray(values, dtype)[index]
+
+
+def binary() -> Constraint:
+    """Levels `{-a, a}`: 1 bit a weight.
+
+    Returns:
+      The constraint named "binary".
+
+    Example:
+      >>> import cbp_jax
+      >>> cbp_jax.binary().levels
+      (-1.0, 1.0)
+
+    Reference: Kim and Jeong (2021), section 4.
+    """
+    return Constraint("binary", (-1.0, 1.0))
+
+
+def ternary() -> Constraint:
+    """Levels `{-a, 0, a}`: 2 bits a weight.
+
+    Returns:
+      The constraint named "ternary".
+
+    Example:
+      >>> import cbp_jax
+      >>> cbp_jax.ternary().levels
+      (-1.0, 0.0, 1.0)
+
+    Reference: Kim and Jeong (2021), section 4.
+    """
+    return Constraint("ternary", (-1.0, 0.0, 1.0))
+
+
+def one_bit_shift() -> Constraint:
+    """Levels `{0, ±a/2, ±a}`: 3 bits a weight; a product is a shift by at most one bit.
+
+    Returns:
+      The constraint named "one_bit_shift".
+
+    Example:
+      >>> import cbp_jax
+      >>> cbp_jax.one_bit_shift().levels
+      (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+    Reference: Kim and Jeong (2021), section 4.
+    """
+    return dataclasses.replace(shift(1), name="one_bit_shift")
+
+
+def two_bit_shift() -> Constraint:
+    """Levels `{0, ±a/4, ±a/2, ±a}`: 3 bits a weight; a product is a shift by at most two bits.
+
+    Returns:
+      The constraint named "two_bit_shift".
+
+    Example:
+      >>> import cbp_jax
+      >>> cbp_jax.two_bit_shift().levels
+      (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
+
+    Reference: Kim and Jeong (2021), section 4.
+    """
+    return dataclasses.replace(shift(2), name="two_bit_shift")
+
+
+def shift(depth: int) -> Constraint:
+    """Zero and signed powers of two: levels `{0, ±2^-d}` for d = 0..depth.
+
+    Args:
+      depth: the largest shift, at least 0. `shift(0)` has the levels of `ternary()`, `shift(1)` of `one_bit_shift()`,
+        `shift(2)` of `two_bit_shift()`.
+
+    Returns:
+      A constraint of `2 * depth + 3` levels.
+
+    Raises:
+      ValueError: if the depth is not an integer of 0 to 64.
+
+    Example:
+      >>> import cbp_jax
+      >>> len(cbp_jax.shift(6).levels), cbp_jax.shift(6).bits
+      (15, 4)
+
+    Reference: Kim and Jeong (2021), section 4, continued to any depth.
+    """
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 <= depth <= 64:
+        raise ValueError(f"shift needs an integer depth of 0 to 64, got {depth!r}")
+    powers = [2.0**-d for d in range(depth + 1)]
+    return Constraint(f"shift{depth}", (*(-p for p in powers), 0.0, *reversed(powers)))
+
+
+@functools.cache
+def uniform(bits: int) -> Constraint:
+    """Evenly spaced symmetric levels with 0 among them: `k * s` for |k| < 2^(bits - 1).
+
+    The step `s` minimises the mean squared error on Gaussian weights of mean absolute value 1, the library's unit. With
+    `sigma = sqrt(pi / 2)`, `t = s / sigma`, edges `x_k = (k - 1/2) t`, density `phi` and upper tail `Q` of the normal distribution:
+
+        error(t) = sigma^2 (1 - 4 t sum_k phi(x_k) + 2 t^2 sum_k (2 k - 1) Q(x_k)),    k = 1 .. 2^(bits - 1) - 1
+
+    Args:
+      bits: bits a weight, 2 to 12.
+
+    Returns:
+      A constraint of `2^bits - 1` levels.
+
+    Raises:
+      ValueError: if `bits` is not an integer of 2 to 12.
+
+    Example:
+      >>> import cbp_jax
+      >>> [round(level, 3) for level in cbp_jax.uniform(2).levels]
+      [-1.534, 0.0, 1.534]
+
+    Reference: Max, "Quantizing for minimum distortion", IRE Transactions on Information Theory, 1960, for the optimal step.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 12:
+        raise ValueError(f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: for one bit use binary()")
+    from scipy import optimize  # jax depends on it; imported late because it is slow to load
+
+    highest = 2 ** (bits - 1) - 1
+
+    def error(step: float) -> float:
+        edges = [(k - 0.5) * step for k in range(1, highest + 1)]
+        density = sum(math.exp(-x * x / 2) for x in edges) / math.sqrt(2 * math.pi)
+        tail = sum((2 * k - 1) * math.erfc(x / math.sqrt(2)) / 2 for k, x in enumerate(edges, 1))
+        return 1 - 4 * step * density + 2 * step * step * tail
+
+    # Ten standard deviations at the highest level are too many, half a one too few.
+    found = optimize.minimize_scalar(error, bounds=(0.5 / highest, 10 / highest), method="bounded", options={"xatol": 1e-10})
+    step = float(found.x) * math.sqrt(math.pi / 2)
+    return Constraint(f"uniform{bits}", tuple(k * step for k in range(-highest, highest + 1)))
+
+
+_BY_NAME: dict[str, Callable[[], Constraint]] = {
+    "binary": binary,
+    "ternary": ternary,
+    "one_bit_shift": one_bit_shift,
+    "two_bit_shift": two_bit_shift,
+}
+
+
+def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
+    """The constraint of a name; a constraint is returned as it is.
+
+    Args:
+      name_or_constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", or a `Constraint`.
+
+    Returns:
+      The constraint.
+
+    Raises:
+      ValueError: if no constraint has the name; the error lists those that exist.
+      TypeError: if the argument is neither a name nor a constraint.
+
+    Example:
+      >>> import cbp_jax
+      >>> cbp_jax.get_constraint("binary") == cbp_jax.binary()
+      True
+    """
+    if isinstance(name_or_constraint, Constraint):
+        return name_or_constraint
+    if not isinstance(name_or_constraint, str):
+        raise TypeError(f"a constraint is a name or a Constraint, got {name_or_constraint!r} ({type(name_or_constraint).__name__})")
+    if name_or_constraint not in _BY_NAME:
+        close = difflib.get_close_matches(name_or_constraint, _BY_NAME, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown constraint {name_or_constraint!r}; known are {', '.join(map(repr, _BY_NAME))}.{hint} "
+            "For other levels use shift(depth), uniform(bits) or Constraint(name, levels)."
+        )
+    return _BY_NAME[name_or_constraint]()

@@ -1,0 +1,169 @@
+"""How far the weights are from their levels: the failure score, a report a layer, a histogram of levels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.masking import PyTree, path_string
+from cbp_jax.state import ConstrainedLeaf, constrained_leaves, float_dtype
+
+# A weight counts as being on its level when it is nearer to it than this share of the scale.
+_ON_LEVEL = 1e-3
+
+
+def constraint_failure_score(params: PyTree, opt_state: optax.OptState, relative: bool = False) -> jax.Array:
+    """The paper's CFS: the mean violation over all constrained weights, whatever the window.
+
+    With `Y(w) = 2 |w - q(w)|` and `n` constrained weights: `CFS = sum Y(w) / n`, or `sum (Y(w) / scale) / n`.
+
+    Args:
+      params: the latent weights.
+      opt_state: any optimizer state with one or more `CBPState`s in it.
+      relative: in units of the scale, which makes layers and networks comparable; weights of scale 0 count as met.
+
+    Returns:
+      Array of shape (), float. 0 when every weight is on a level.
+
+    Raises:
+      ValueError: as `cbp_jax.quantize` does.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.75, 0.25]])}
+      >>> state = cbp_jax.cbp(constraint="binary").init(params)
+      >>> print(cbp_jax.constraint_failure_score(params, state))
+      0.5
+      >>> print(cbp_jax.constraint_failure_score(params, state, relative=True))
+      1.0
+
+    Reference: Kim and Jeong (2021), section 4.
+    """
+    leaves = constrained_leaves(params, opt_state)
+    total = sum((jnp.sum(_violation(leaf, relative), dtype=float_dtype()) for leaf in leaves), jnp.zeros((), float_dtype()))
+    return total / max(sum(leaf.weight.size for leaf in leaves), 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What became of one constrained leaf; the arrays have shape () and are float."""
+
+    layer: str = dataclasses.field(metadata={"static": True})
+    constraint: str = dataclasses.field(metadata={"static": True})
+    weights: int = dataclasses.field(metadata={"static": True})
+    scale: jax.Array  # the mean, if there is one a channel
+    zero_scales: jax.Array  # how many scales are 0: their weights are not constrained
+    violation: jax.Array  # mean violation in units of the scale, whatever the window
+    on_level: jax.Array  # share of the weights on a level, to 1e-3 of the scale
+    multiplier_mean: jax.Array
+    multiplier_max: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A `LayerReport` a constrained leaf; printed, an aligned table."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "constraint", "weights", "scale", "violation", "on level", "multiplier mean", "max")
+        rows = [header, *map(_row, self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        justify = (str.ljust, str.ljust, *[str.rjust] * (len(header) - 2))
+        lines = ["  ".join(how(cell, width) for how, cell, width in zip(justify, row, widths, strict=True)) for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        flagged = [layer.layer for layer in self.layers if layer.zero_scales > 0]
+        if flagged:
+            lines.append(f"scale 0, so not constrained: {', '.join(flagged)}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
+    """How well each constrained leaf meets its constraint.
+
+    Args:
+      params: the latent weights.
+      opt_state: any optimizer state with one or more `CBPState`s in it.
+
+    Returns:
+      A `Report`, a pytree that may leave a jitted function; `print` shows it as a table. Violations are means of `2 |w - q(w)|` in
+      units of the scale.
+
+    Raises:
+      ValueError: as `cbp_jax.quantize` does.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.75, 0.25, 0.5]])}
+      >>> state = cbp_jax.cbp(constraint="binary").init(params)
+      >>> print(cbp_jax.layer_report(params, state))
+      layer   constraint  weights  scale  violation  on level  multiplier mean  max
+      ------  ----------  -------  -----  ---------  --------  ---------------  ---
+      kernel  binary            3    0.5     0.6667    33.33%                0    0
+    """
+    layers = []
+    for leaf in constrained_leaves(params, opt_state):
+        violation, n = _violation(leaf, relative=True), max(leaf.weight.size, 1)
+        layers.append(
+            LayerReport(
+                layer=path_string(leaf.path),
+                constraint=leaf.constraint.name,
+                weights=leaf.weight.size,
+                scale=jnp.mean(leaf.scale) if leaf.scale.size else jnp.zeros((), leaf.scale.dtype),
+                zero_scales=jnp.sum(leaf.scale == 0) * bool(leaf.weight.size),
+                violation=jnp.sum(violation, dtype=float_dtype()) / n,
+                on_level=jnp.sum(violation <= 2 * _ON_LEVEL, dtype=float_dtype()) / n,
+                multiplier_mean=jnp.sum(leaf.multiplier, dtype=float_dtype()) / n,
+                multiplier_max=jnp.max(leaf.multiplier, initial=-jnp.inf if leaf.multiplier.size else 0).astype(float_dtype()),
+            )
+        )
+    return Report(tuple(layers))
+
+
+def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """How many weights are nearest to each level.
+
+    Args:
+      params: the latent weights.
+      opt_state: any optimizer state with one or more `CBPState`s in it.
+
+    Returns:
+      For the path of each constrained leaf an int32 array with a count for each of its constraint's levels, lowest first.
+
+    Raises:
+      ValueError: as `cbp_jax.quantize` does.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.75, 0.25, 0.5]])}
+      >>> state = cbp_jax.cbp(constraint="ternary").init(params)
+      >>> print(cbp_jax.level_histogram(params, state)["kernel"])
+      [1 0 2]
+    """
+    return {
+        path_string(leaf.path): jnp.bincount(
+            leaf.constraint.level_index(leaf.weight, leaf.scale).ravel(), length=len(leaf.constraint.levels)
+        )
+        for leaf in constrained_leaves(params, opt_state)
+    }
+
+
+def _violation(leaf: ConstrainedLeaf, relative: bool) -> jax.Array:
+    violation = leaf.constraint.violation(leaf.weight, leaf.scale)
+    return violation / jnp.where(leaf.scale > 0, leaf.scale, 1) if relative else violation
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    return (
+        layer.layer,
+        layer.constraint,
+        f"{layer.weights:,}",
+        f"{float(layer.scale):.4g}",
+        f"{float(layer.violation):.4g}",
+        f"{float(layer.on_level):.2%}",
+        f"{float(layer.multiplier_mean):.3g}",
+        f"{float(layer.multiplier_max):.3g}",
+    )

@@ -1,0 +1,193 @@
+"""The paper's whole recipe as one optimizer, and the box that keeps its weights bounded."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from cbp_jax.constraints import Constraint
+from cbp_jax.masking import PyTree, is_floating, is_weight, resolve_mask
+from cbp_jax.state import CBPState, ScaleFn
+from cbp_jax.transform import ConstraintSpec, GrowthFn, MaskSpec, cbp
+
+
+class CBPSGDState(NamedTuple):
+    """State of `cbp_sgd`."""
+
+    cbp: CBPState
+    sgd: optax.OptState
+
+
+def cbp_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    constraint: ConstraintSpec,
+    *,
+    steps_per_epoch: int = 1000,
+    patience: int = 20,
+    multiplier_learning_rate: ArrayLike = 1e-4,
+    momentum: float | None = 0.9,
+    weight_decay: float = 1e-4,
+    gradient_clip: float | None = 1.0,
+    weight_bound: float | None = 1.0,
+    lr_decay: float = 0.1,
+    lr_decay_window: float = 20,
+    mask: MaskSpec = None,
+    decay_mask: MaskSpec = None,
+    multiplier_optimizer: optax.GradientTransformation | None = None,
+    scale_axis: int | tuple[int, ...] | None = None,
+    scale_fn: ScaleFn | None = None,
+    initial_window: float = 1.0,
+    window_growth: GrowthFn | None = None,
+    multiplier_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Stochastic gradient descent under a CBP constraint: the recipe of the paper, as `optax.adamw` is one of another.
+
+    With the window `g`, the learning rate `lr`, and `clip` to ±`gradient_clip` elementwise:
+
+        gradient = clip(gradient + multiplier * violation_grad(w, g)) + weight_decay * w     (decay: kernels only)
+        velocity = momentum * velocity + gradient
+        w        = w - lr * (lr_decay if g >= lr_decay_window else 1) * velocity             (constrained: clamped to ±weight_bound)
+
+    Args:
+      learning_rate: a number or a schedule of the step.
+      constraint: as in `cbp_jax.cbp`.
+      steps_per_epoch: as in `cbp_jax.cbp`.
+      patience: as in `cbp_jax.cbp`.
+      multiplier_learning_rate: learning rate of Adam on the multipliers; not used when `multiplier_optimizer` is given.
+      momentum: decay of the momentum; None is plain descent.
+      weight_decay: coefficient of the weights in the gradient, after clipping.
+      gradient_clip: bound of each element of the gradient; None does not clip.
+      weight_bound: bound of each constrained weight; None does not clamp.
+      lr_decay: factor of the learning rate from `lr_decay_window` on.
+      lr_decay_window: the window, read after the epoch boundary of this call, from which the learning rate is decayed.
+      mask: as in `cbp_jax.cbp`.
+      decay_mask: the leaves that decay, as `mask`. None: leaves with at least two axes.
+      multiplier_optimizer: as in `cbp_jax.cbp`.
+      scale_axis: as in `cbp_jax.cbp`.
+      scale_fn: as in `cbp_jax.cbp`.
+      initial_window: as in `cbp_jax.cbp`.
+      window_growth: as in `cbp_jax.cbp`.
+      multiplier_dtype: as in `cbp_jax.cbp`.
+
+    Returns:
+      An optimizer, used as `cbp_jax.cbp` is: `init` after the pre-trained weights are in, `update` with `params` and `value`.
+
+    Raises:
+      ValueError: as `cbp_jax.cbp`; and if `weight_bound` is not positive.
+
+    Example:
+      >>> import cbp_jax, jax.numpy as jnp
+      >>> optimizer = cbp_jax.cbp_sgd(1e-3, "binary", steps_per_epoch=100)
+      >>> state = optimizer.init({"kernel": jnp.array([[0.5, -0.1]])})
+      >>> print(cbp_jax.window(state))
+      1.0
+
+    Reference: Kim and Jeong (2021), section 4 and algorithm 1.
+    """
+    if multiplier_optimizer is None:
+        multiplier_optimizer = optax.adam(multiplier_learning_rate)
+    link = cbp(
+        constraint,
+        steps_per_epoch=steps_per_epoch,
+        patience=patience,
+        multiplier_optimizer=multiplier_optimizer,
+        mask=mask,
+        scale_axis=scale_axis,
+        scale_fn=scale_fn,
+        initial_window=initial_window,
+        window_growth=window_growth,
+        multiplier_dtype=multiplier_dtype,
+    )
+    if isinstance(weight_bound, int | float) and not weight_bound > 0:
+        raise ValueError(f"weight_bound must be positive or None, got {weight_bound!r}")
+    sgd = optax.chain(
+        optax.identity() if gradient_clip is None else optax.clip(gradient_clip),
+        optax.add_decayed_weights(weight_decay, _kernels if decay_mask is None else decay_mask),
+        optax.sgd(learning_rate, momentum=momentum),
+    )
+
+    def init_fn(params: PyTree) -> CBPSGDState:
+        return CBPSGDState(cbp=link.init(params), sgd=sgd.init(params))
+
+    def update_fn(
+        updates: PyTree, state: CBPSGDState, params: PyTree | None = None, *, value: ArrayLike | None = None, **extra_args: Any
+    ) -> tuple[PyTree, CBPSGDState]:
+        del extra_args
+        updates, cbp_state = link.update(updates, state.cbp, params, value=value)
+        updates, sgd_state = sgd.update(updates, state.sgd, params)
+        factor = jnp.where(cbp_state.window >= lr_decay_window, lr_decay, 1.0)
+        updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+        if weight_bound is not None:
+            constrained = jax.tree.map(
+                lambda node: isinstance(node, Constraint),
+                cbp_state.constraints,
+                is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode),
+            )
+            updates, _ = keep_params_in_box(-weight_bound, weight_bound, constrained).update(updates, optax.EmptyState(), params)
+        return updates, CBPSGDState(cbp=cbp_state, sgd=sgd_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _kernels(params: PyTree) -> PyTree:
+    return jax.tree.map(is_weight, params)
+
+
+def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None) -> optax.GradientTransformation:
+    """Changes updates so that the updated parameters stay in a box; the last link of a chain.
+
+    Where `params + updates` leaves `[lower, upper]` the update becomes the way to the nearer bound, rounded inwards; elsewhere it
+    stays as it is.
+
+    Args:
+      lower: the lower bound, a number or shape ().
+      upper: the upper bound, likewise.
+      mask: the leaves to keep inside: a tree of bools, a prefix of one or a callable giving one. None: all floating leaves.
+
+    Returns:
+      A link without state, whose `update` needs `params`.
+
+    Raises:
+      ValueError: if the lower bound is not below the upper one; from `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> link = cbp_jax.keep_params_in_box(-1.0, 1.0)
+      >>> params = jnp.array([0.5, -0.5])
+      >>> updates, _ = link.update(jnp.array([0.75, 0.75]), link.init(params), params)
+      >>> print(params + updates)
+      [1.   0.25]
+
+    Reference: Kim and Jeong (2021): the authors' code clamps constrained weights to [-1, 1] after each step.
+    """
+    if isinstance(lower, int | float) and isinstance(upper, int | float) and not lower < upper:
+        raise ValueError(f"the lower bound must be below the upper one, got {lower!r} and {upper!r}")
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
+        if params is None:
+            raise ValueError("keep_params_in_box needs the parameters: call optimizer.update(grads, state, params)")
+        weights = jax.tree.leaves(params)
+        flags = list(map(is_floating, weights)) if mask is None else resolve_mask(mask, params)
+        moved = [
+            _into_box(w, u, lower, upper) if flag else u
+            for w, u, flag in zip(weights, jax.tree.leaves(updates), flags, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(updates), moved), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _into_box(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLike) -> jax.Array:
+    low, high = jnp.asarray(lower, w.dtype), jnp.asarray(upper, w.dtype)
+    inside = jnp.where(w + update > high, (high - w).astype(update.dtype), update)
+    inside = jnp.where(w + update < low, (low - w).astype(update.dtype), inside)
+    # Either difference may have been rounded outwards, by less than one step of its own precision.
+    inside = jnp.where(w + inside > high, jnp.nextafter(inside, jnp.asarray(-math.inf, inside.dtype)), inside)
+    return jnp.where(w + inside < low, jnp.nextafter(inside, jnp.asarray(math.inf, inside.dtype)), inside)

@@ -1,0 +1,315 @@
+"""CBP as a link of an optax chain."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.shard_alike import shard_alike
+from jax.typing import ArrayLike, DTypeLike
+
+from cbp_jax.constraints import Constraint, get_constraint
+from cbp_jax.masking import (
+    Path,
+    PyTree,
+    as_path,
+    check_patterns,
+    compile_patterns,
+    flatten_with_paths,
+    is_variable,
+    path_string,
+    resolve_mask,
+)
+from cbp_jax.state import (
+    CBPState,
+    ConstrainedLeaf,
+    ScaleFn,
+    check_floating,
+    float_dtype,
+    measure_scale,
+    pair_with_state,
+    state_paths,
+)
+
+ConstraintSpec = str | Constraint | Mapping[str, str | Constraint | None]
+GrowthFn = Callable[[jax.Array], ArrayLike]
+MaskSpec = PyTree | Callable[[PyTree], PyTree] | None
+
+
+def cbp(
+    constraint: ConstraintSpec,
+    *,
+    steps_per_epoch: int = 1000,
+    patience: int = 20,
+    multiplier_optimizer: optax.GradientTransformation | None = None,
+    mask: MaskSpec = None,
+    scale_axis: int | tuple[int, ...] | None = None,
+    scale_fn: ScaleFn | None = None,
+    initial_window: float = 1.0,
+    window_growth: GrowthFn | None = None,
+    multiplier_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Constrained backpropagation as a link of an optax chain: put it first.
+
+    Every call adds the gradient of the constraint to that of the loss, with the window `g` and a multiplier for each weight:
+
+        updates += multiplier * violation_grad(w, g)
+
+    At the start of an epoch, of `steps_per_epoch` calls, the last epoch's summed Lagrangian, `value + sum(multiplier * violation)`,
+    is compared with that of the one before. If it did not fall, or after `patience` epochs, the window grows and the multipliers
+    take one ascent step on the violation. A `value` that is missing or not finite makes its epoch not comparable: the comparison
+    is skipped for that epoch and the next, patience still counts, and `CBPState.skipped_values` counts such steps.
+
+    Args:
+      constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", a `Constraint`, or a mapping from patterns of paths
+        (`re.fullmatch`) to those or None: the first match wins; None, or no match, leaves the leaf unconstrained.
+      steps_per_epoch: calls of `update` that make an epoch of the schedule; under `optax.MultiSteps`, emitted updates.
+      patience: epochs after which the window grows even while the Lagrangian falls.
+      multiplier_optimizer: a descending optax optimizer for the multipliers; it is given minus the violation, and so ascends.
+        None is `optax.adam(1e-4)`.
+      mask: which leaves to constrain: a tree of bools, a prefix of one, or a callable from parameters to such a tree, as
+        `cbp_jax.select` makes. None: floating leaves with at least two axes. First and last layers should be left out.
+      scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output channel of Flax kernels. None: one
+        scale a tensor.
+      scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean absolute value.
+      initial_window: `g` at the start, at least 1; infinity constrains every weight from the first step.
+      window_growth: a function g -> next g. None: g + 1 below 10, g + 10 from there.
+      multiplier_dtype: dtype of the multipliers and their optimizer's moments. None: `promote_types(w.dtype, float32)`.
+
+    Returns:
+      A link whose `init(params)` measures the scales, so call it after the pre-trained weights are in, and whose `update(updates,
+      state, params, value=loss)` needs `params`. Its state is a `CBPState`.
+
+    Raises:
+      ValueError: if the constraint is unknown, or a number out of range. `init` raises it if a pattern matches nothing or a leaf
+        is zero throughout, `update` without `params` or with others than the state was made for.
+      TypeError: from `init`, if a leaf to be constrained is not floating.
+
+    Example:
+      >>> import cbp_jax, jax, jax.numpy as jnp, optax
+      >>> optimizer = optax.chain(cbp_jax.cbp(constraint="ternary"), optax.sgd(1e-3, momentum=0.9))
+      >>> params = {"kernel": jnp.array([[0.5, -0.1], [0.3, 0.9]])}
+      >>> state = optimizer.init(params)
+      >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p["kernel"] ** 2))(cbp_jax.quantize(params, state))
+      >>> updates, state = optimizer.update(grads, state, params, value=loss)
+      >>> params = optax.apply_updates(params, updates)
+
+    With `optax.inject_hyperparams`, arguments that are not numbers to schedule must be static: `static_args=("constraint", "mask",
+    "steps_per_epoch", "patience", "scale_axis", "scale_fn", "multiplier_optimizer", "window_growth", "multiplier_dtype")`.
+
+    Reference: Kim and Jeong (2021), algorithm 1.
+    """
+    rules = _constraint_rules(constraint)
+    _check_count("steps_per_epoch", steps_per_epoch)
+    _check_count("patience", patience)
+    if isinstance(initial_window, int | float) and not initial_window >= 1:
+        raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
+    kept_axes = _as_axes(scale_axis)
+    if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
+        raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
+    ascent = optax.with_extra_args_support(optax.adam(1e-4) if multiplier_optimizer is None else multiplier_optimizer)
+    grow = _default_growth if window_growth is None else window_growth
+
+    def init_fn(params: PyTree) -> CBPState:
+        if type(params).__name__ == "_ParamsPlaceholder":  # optax's tree_map_params asks where copies of the parameters are
+            constraints, multipliers, scales = 0, params, 0
+        else:
+            chosen = _assign_constraints(rules, mask, params)
+
+            def build(leaf_fn: Callable[[Path, PyTree], Any]) -> PyTree:
+                def build_leaf(keys: Any, node: PyTree) -> Any:
+                    return leaf_fn(as_path(keys), node) if as_path(keys) in chosen else optax.MaskedNode()
+
+                return jax.tree_util.tree_map_with_path(build_leaf, params, is_leaf=is_variable)
+
+            def zeros(path: Path, node: PyTree) -> PyTree:  # inside an NNX variable, if it is one, which annotates the sharding
+                return jax.tree.map(lambda w: _zeros_alike(w, multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)), node)
+
+            constraints = build(lambda path, node: chosen[path])
+            multipliers = build(zeros)
+            scales = build(lambda path, node: measure_scale(path, jax.tree.leaves(node)[0], kept_axes, scale_fn))
+        return CBPState(
+            count=jnp.zeros((), jnp.int32),
+            step_in_epoch=jnp.zeros((), jnp.int32),
+            started=jnp.zeros((), bool),
+            constraints=constraints,
+            multipliers=multipliers,
+            weight_scale=scales,
+            window=jnp.array(initial_window, float_dtype()),
+            multiplier_opt_state=_shard_alike(ascent.init(multipliers), multipliers),
+            lagrangian_sum=jnp.zeros((), float_dtype()),
+            previous_sum=jnp.array(jnp.inf, float_dtype()),
+            patience_used=jnp.zeros((), jnp.int32),
+            skipped_values=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(
+        updates: PyTree, state: CBPState, params: PyTree | None = None, *, value: ArrayLike | None = None, **extra_args: Any
+    ) -> tuple[PyTree, CBPState]:
+        del extra_args
+        leaves = _pair(params, state)
+        state = _start_of_epoch(state, leaves, ascent, grow, patience)
+
+        grads = dict(flatten_with_paths(updates))
+        constraint_sum = jnp.zeros((), float_dtype())
+        for leaf, multiplier in zip(leaves, jax.tree.leaves(state.multipliers), strict=True):
+            rule, w, scale, grad = leaf.constraint, leaf.weight, leaf.scale, grads.get(leaf.path)
+            if grad is None:
+                raise ValueError(f"the updates lack {path_string(leaf.path)!r}, which is constrained: give all gradients")
+            grads[leaf.path] = (grad + multiplier * rule.violation_grad(w, scale, state.window)).astype(grad.dtype)
+            if value is not None:
+                constraint_sum += jnp.sum(multiplier * rule.violation(w, scale, state.window), dtype=float_dtype())
+        updates = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
+        return updates, _end_of_step(state, value, constraint_sum, steps_per_epoch)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _start_of_epoch(
+    state: CBPState,
+    leaves: list[ConstrainedLeaf],
+    ascent: optax.GradientTransformationExtraArgs,
+    grow: GrowthFn,
+    patience: ArrayLike,
+) -> CBPState:
+    """Judges the epoch that has just ended, on the weights after its last step; moves the window and the multipliers."""
+    ended = (state.step_in_epoch == 0) & state.started
+    used = state.patience_used + ended
+    comparable = (state.lagrangian_sum > -jnp.inf) & (state.previous_sum > -jnp.inf)
+    stalled = comparable & (state.lagrangian_sum >= state.previous_sum)
+    grows = ended & (stalled | (used >= patience))
+    window = jnp.where(grows, jnp.asarray(grow(state.window), state.window.dtype), state.window)
+
+    def ascend(multipliers: PyTree, opt_state: optax.OptState) -> tuple[PyTree, optax.OptState]:
+        old, treedef = jax.tree.leaves(multipliers), jax.tree.structure(multipliers)
+        descent = [
+            (-leaf.constraint.violation(leaf.weight, leaf.scale, window)).astype(multiplier.dtype)
+            for leaf, multiplier in zip(leaves, old, strict=True)
+        ]
+        steps, new_opt_state = ascent.update(jax.tree.unflatten(treedef, descent), opt_state, multipliers)
+        return _cast_like((optax.apply_updates(multipliers, steps), new_opt_state), (multipliers, opt_state))
+
+    multipliers, opt_state = jax.lax.cond(
+        grows | ~state.started, ascend, lambda *same: same, state.multipliers, state.multiplier_opt_state
+    )
+    previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
+    return state._replace(
+        started=jnp.ones((), bool),
+        multipliers=multipliers,
+        window=window,
+        multiplier_opt_state=opt_state,
+        lagrangian_sum=jnp.where(ended, 0, state.lagrangian_sum),
+        previous_sum=jnp.where(grows, jnp.inf, previous_sum),
+        patience_used=jnp.where(grows, 0, used),
+    )
+
+
+def _end_of_step(state: CBPState, value: ArrayLike | None, constraint_sum: jax.Array, steps_per_epoch: ArrayLike) -> CBPState:
+    """Adds the step's Lagrangian to the epoch's, and counts."""
+    if value is None:
+        total = jnp.array(-jnp.inf, float_dtype())
+    elif jnp.shape(value) != ():
+        raise ValueError(f"value must be the loss, a scalar; got shape {jnp.shape(value)}")
+    else:
+        total = jnp.asarray(value, float_dtype()) + constraint_sum
+    usable = jnp.isfinite(total)
+    position = state.step_in_epoch + 1
+    return state._replace(
+        count=optax.safe_increment(state.count),
+        step_in_epoch=jnp.where(position >= steps_per_epoch, 0, position),
+        # Once -inf, an epoch stays there; _start_of_epoch does not compare it.
+        lagrangian_sum=jnp.where(usable, state.lagrangian_sum + total, -jnp.inf),
+        skipped_values=jnp.where(usable, state.skipped_values, optax.safe_increment(state.skipped_values)),
+    )
+
+
+def _pair(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
+    if params is None:
+        raise ValueError("cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)")
+    weights = dict(flatten_with_paths(params))
+    leaves = pair_with_state(weights, state)
+    unknown = weights.keys() - {path for path, _ in state_paths(state)}
+    if unknown:
+        raise ValueError(
+            f"the state does not know {', '.join(sorted(map(path_string, unknown))[:5])}: "
+            "give the parameters that the optimizer's init was given"
+        )
+    return leaves
+
+
+def _default_growth(window: jax.Array) -> jax.Array:
+    return jnp.where(window < 10, window + 1, window + 10)
+
+
+def _as_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    axes = () if scale_axis is None else (scale_axis,) if isinstance(scale_axis, int) else tuple(scale_axis)
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
+        raise ValueError(f"scale_axis must be an integer, a tuple of them or None, got {scale_axis!r}")
+    return axes
+
+
+def _check_count(name: str, number: Any) -> None:
+    """Only Python numbers are checked: under `inject_hyperparams` the number may be traced."""
+    if isinstance(number, int | float) and not (number >= 1 and number == math.floor(number)):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+
+
+def _constraint_rules(constraint: ConstraintSpec) -> list[tuple[re.Pattern[str], Constraint | None]]:
+    if not isinstance(constraint, Mapping):
+        constraint = {r"[\s\S]*": constraint}
+    if not constraint:
+        raise ValueError("the mapping of patterns to constraints is empty: give at least one pattern, or a single constraint")
+    resolved = [None if rule is None else get_constraint(rule) for rule in constraint.values()]
+    return list(zip(compile_patterns(constraint), resolved, strict=True))
+
+
+def _assign_constraints(
+    rules: list[tuple[re.Pattern[str], Constraint | None]], mask: MaskSpec, params: PyTree
+) -> dict[Path, Constraint]:
+    """The constraint of each leaf that has one: masked in, and given one by the first pattern that matches it."""
+    leaves = flatten_with_paths(params)
+    flags = resolve_mask(mask, params)
+    candidates = {path: leaf for (path, leaf), flag in zip(leaves, flags, strict=True) if flag}
+    if candidates:
+        check_patterns([pattern for pattern, _ in rules], [path_string(path) for path in candidates])
+    elif leaves and mask is None:
+        warnings.warn(
+            "cbp constrains nothing: no parameter is floating with at least two axes; name leaves with mask=", stacklevel=3
+        )
+    chosen = {}
+    for path, leaf in candidates.items():
+        rule = next((rule for pattern, rule in rules if pattern.fullmatch(path_string(path))), None)
+        if rule is not None:
+            check_floating(path, leaf)
+            chosen[path] = rule
+    return chosen
+
+
+def _zeros_alike(w: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Zeros sharded like `w`, under `jit` too, where zeros depend on nothing and would otherwise be replicated."""
+    zeros = jnp.zeros_like(w, dtype=dtype)
+    return shard_alike(w.astype(dtype), zeros)[1] if isinstance(w, jax.core.Tracer) else zeros
+
+
+def _shard_alike(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptState:
+    """The optimizer state with every copy of a multiplier's shape at a multiplier's path sharded like the multiplier."""
+    by_path = dict(flatten_with_paths(multipliers))
+
+    def align(path: Path, leaf: Any) -> Any:
+        for start in range(len(path) + 1):
+            like = by_path.get(path[start:])
+            if isinstance(like, jax.core.Tracer) and like.shape == jnp.shape(leaf):
+                return shard_alike(like.astype(leaf.dtype), leaf)[1]
+        return leaf
+
+    leaves = [align(path, leaf) for path, leaf in flatten_with_paths(opt_state)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
+def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """The leaves in the dtypes of others, as `lax.cond` needs its branches to agree."""
+    return jax.tree.map(lambda leaf, model: jnp.asarray(leaf, jnp.asarray(model).dtype), tree, like)
