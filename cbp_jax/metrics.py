@@ -52,7 +52,9 @@ class LayerReport:
 
     layer: str = dataclasses.field(metadata={"static": True})
     constraint: str = dataclasses.field(metadata={"static": True})
+    bits: int = dataclasses.field(metadata={"static": True})  # a weight
     weights: int = dataclasses.field(metadata={"static": True})
+    scales: int = dataclasses.field(metadata={"static": True})  # 1, or one a channel
     scale: jax.Array  # the mean, if there is one a channel
     zero_scales: jax.Array  # how many scales are 0: their weights are not constrained
     violation: jax.Array  # mean violation in units of the scale, whatever the window
@@ -111,7 +113,9 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
             LayerReport(
                 layer=path_string(leaf.path),
                 constraint=leaf.constraint.name,
+                bits=leaf.constraint.bits,
                 weights=leaf.weight.size,
+                scales=leaf.scale.size,
                 scale=jnp.mean(leaf.scale) if leaf.scale.size else jnp.zeros((), leaf.scale.dtype),
                 zero_scales=jnp.sum(leaf.scale == 0) * bool(leaf.weight.size),
                 violation=jnp.sum(violation, dtype=float_dtype()) / n,

@@ -1,0 +1,229 @@
+"""The main job: a pre-trained network, then for each constraint CBP beside the straight-through estimator alone."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import cbp_jax
+from common import checkpoints, figures, report, train
+from common.data import Dataset, shuffled_batches
+
+PyTree = Any
+CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
+# The window at which the weights are shown midway: three quarters of the way between neighbouring levels is constrained.
+_MIDWAY = 4
+
+
+class Job(NamedTuple):
+    """What all the runs of an experiment have in common."""
+
+    experiment: str
+    config: ml_collections.ConfigDict
+    dataset: Dataset
+    graphdef: nnx.GraphDef
+    mask: Callable[[PyTree], PyTree]
+
+
+class Outcome(NamedTuple):
+    """Where a post-training ended, and how it got there."""
+
+    state: train.TrainState
+    rows: list[dict[str, float]]  # an epoch each, as in metrics.jsonl
+    snapshots: dict[str, dict[str, np.ndarray]]  # moment -> layer -> weights in units of the scale
+
+
+def run(
+    experiment: str,
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    dataset: Dataset,
+    model: nnx.Module,
+    constrained: str,
+) -> list[report.Summary]:
+    """Pre-trains, post-trains under the constraint of the config or under all four, and prints the table.
+
+    Args:
+      experiment: its name, for the summary.
+      config: the fields of `common.settings.small_experiment`.
+      workdir: the run's folder; with `constraint="all"`, one folder below it for each.
+      dataset: what to train and test on.
+      model: a network with fresh weights.
+      constrained: pattern of the paths of the constrained parameters.
+
+    Returns:
+      A summary a constraint.
+    """
+    names = CONSTRAINTS if config.constraint == "all" else (cbp_jax.get_constraint(config.constraint).name,)
+    root = report.Workdir(workdir)
+    root.write_config(config)
+    print(f"{experiment}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images")
+
+    graphdef, params, batch_stats = train.split_model(model)
+    job = Job(experiment, config, dataset, graphdef, cbp_jax.select(include=constrained))
+    pretrained, full_precision = pretrain(job, params, batch_stats)
+    checkpoints.save(root.checkpoints / "pretrained", {"params": pretrained.params, "batch_stats": pretrained.batch_stats})
+
+    summaries = []
+    for name in names:
+        folder = root if len(names) == 1 else report.Workdir(root.path / name)
+        folder.write_config(config)
+        summaries.append(compare(job, folder, pretrained, full_precision, name))
+    table = report.results_table(summaries)
+    (root.path / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\nwritten to {root.path}")
+    return summaries
+
+
+def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.TrainState, float]:
+    """Trains in full precision: SGD with momentum, cosine to zero. Gives the state and its top-1 accuracy."""
+    config = job.config
+    steps = config.pretrain_epochs * config.steps_per_epoch
+    optimizer = optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: jax.tree.map(lambda w: w.ndim >= 2, tree)),
+        optax.sgd(optax.cosine_decay_schedule(config.pretrain_learning_rate, steps), momentum=0.9),
+    )
+    state = train.init_state(params, batch_stats, optimizer)
+    step = train.make_train_step(job.graphdef, optax.with_extra_args_support(optimizer), train.latent)
+    evaluate = train.make_evaluate(job.graphdef, train.latent)
+    with tqdm(total=config.pretrain_epochs, desc="full precision".ljust(18), unit="epoch") as bar:
+        for log in _epochs(job, state, step, config.pretrain_epochs, config.seed):
+            state = log.state
+            bar.set_postfix_str(f"loss {log.loss:.4f}", refresh=False)
+            bar.update()
+        accuracy = evaluate(state, job.dataset.test_images, job.dataset.test_labels)["top1"]
+        bar.set_postfix_str(f"loss {log.loss:.4f}, top-1 {accuracy:.2%}")
+    return state, accuracy
+
+
+def compare(
+    job: Job, folder: report.Workdir, pretrained: train.TrainState, full_precision: float, constraint: str
+) -> report.Summary:
+    """Post-trains from the same weights with the straight-through estimator and with CBP, and fills the folder."""
+    started = time.perf_counter()
+    config = job.config
+    # The baseline has what suits it: no multipliers, and a learning rate that falls to zero along a cosine.
+    cosine = optax.cosine_decay_schedule(config.learning_rate, config.epochs * config.steps_per_epoch)
+    ste_optimizer = _optimizer(job, constraint, cosine, multiplier_optimizer=optax.set_to_zero(), lr_decay=1.0)
+    ste = post_train(job, pretrained, ste_optimizer, f"{constraint} STE", lambda row: cosine(row["step"]))
+    cbp = post_train(
+        job,
+        pretrained,
+        _optimizer(job, constraint, config.learning_rate),
+        f"{constraint} CBP",
+        lambda row: config.learning_rate * (0.1 if row["window"] >= 20 else 1.0),
+        folder.append_metrics,
+    )
+    for row in ste.rows:
+        folder.append_metrics(row, "metrics_ste.jsonl")
+    checkpoints.save(folder.checkpoints / "final", cbp.state)
+
+    title = f"{job.experiment}, {constraint.replace('_', '-')} weights"
+    figures.plot_training(folder.figures / "training.png", title, cbp.rows, ste.rows, full_precision)
+    levels = cbp_jax.get_constraint(constraint).levels
+    for layer in cbp.snapshots["before"]:
+        moments = {moment: weights[layer] for moment, weights in cbp.snapshots.items()}
+        path = folder.figures / f"weights_{layer.replace('/', '_')}.png"
+        figures.plot_weights(path, f"{title}: {layer}", moments, levels)
+
+    packed, float32 = report.packed_bytes(cbp.state.params, cbp.state.opt_state)
+    summary = report.Summary(
+        experiment=job.experiment,
+        constraint=constraint,
+        seed=config.seed,
+        full_precision_top1=full_precision,
+        ste_top1=ste.rows[-1]["top1"],
+        top1=cbp.rows[-1]["top1"],
+        top5=cbp.rows[-1]["top5"],
+        cfs=cbp.rows[-1]["cfs"],
+        cfs_relative=cbp.rows[-1]["cfs_relative"],
+        bits_per_weight=cbp_jax.get_constraint(constraint).bits,
+        bytes_packed=packed,
+        bytes_float32=float32,
+        seconds=time.perf_counter() - started,
+    )
+    folder.write_summary(summary)
+    return summary
+
+
+def post_train(
+    job: Job,
+    pretrained: train.TrainState,
+    optimizer: optax.GradientTransformationExtraArgs,
+    description: str,
+    learning_rate: Callable[[Mapping[str, float]], Any],
+    on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+) -> Outcome:
+    """Trains with the forward pass on quantized weights; accuracy is that of the quantized weights after every epoch."""
+    config = job.config
+    state = train.init_state(pretrained.params, pretrained.batch_stats, optimizer)
+    step = train.make_train_step(job.graphdef, optimizer, cbp_jax.quantize)
+    evaluate = train.make_evaluate(job.graphdef, cbp_jax.quantize)
+    rows: list[dict[str, float]] = []
+    snapshots = {"before": _relative_weights(state)}
+    with tqdm(total=config.epochs, desc=description.ljust(18), unit="epoch", mininterval=0.5) as bar:
+        for log in _epochs(job, state, step, config.epochs, config.seed + 1):
+            state = log.state
+            row = {"epoch": log.epoch, "step": log.epoch * config.steps_per_epoch, "loss": log.loss}
+            row |= {name: float(value) for name, value in _cbp_metrics(state).items()}
+            row["lagrangian"] /= config.steps_per_epoch
+            row |= evaluate(state, job.dataset.test_images, job.dataset.test_labels)
+            row |= {"learning_rate": float(learning_rate(row)), "images_per_second": log.images_per_second}
+            rows.append(row)
+            on_epoch(row)
+            if len(snapshots) == 1 and row["window"] >= _MIDWAY:
+                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.0f}"] = _relative_weights(state)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, top-1 {row['top1']:.2%}, CFS/scale {row['cfs_relative']:.1e}, g {row['window']:.0f}",
+                refresh=False,
+            )
+            bar.update()
+    snapshots["after"] = _relative_weights(state)
+    return Outcome(state, rows, snapshots)
+
+
+def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
+    config = job.config
+    return cbp_jax.cbp_sgd(
+        learning_rate,
+        constraint,
+        steps_per_epoch=config.steps_per_epoch,
+        patience=config.patience,
+        multiplier_learning_rate=config.multiplier_learning_rate,
+        weight_decay=config.weight_decay,
+        window_growth=(lambda g: jnp.where(g < 10, g + 1, config.window_factor * g)) if config.window_factor else None,
+        mask=job.mask,
+        **options,
+    )
+
+
+def _epochs(job: Job, state: train.TrainState, step: train.TrainStep, epochs: int, seed: int) -> Any:
+    images, labels = job.dataset.train_images, job.dataset.train_labels
+    batches = shuffled_batches(len(labels), job.config.batch_size, seed)
+    return train.train(state, step, images, labels, batches, epochs=epochs, steps_per_epoch=job.config.steps_per_epoch)
+
+
+@jax.jit
+def _cbp_metrics(state: train.TrainState) -> dict[str, jax.Array]:
+    """Of the state after an epoch's last step; the Lagrangian is summed over the epoch."""
+    return {
+        "lagrangian": state.opt_state.cbp.lagrangian_sum,
+        "window": cbp_jax.window(state.opt_state),
+        "cfs": cbp_jax.constraint_failure_score(state.params, state.opt_state),
+        "cfs_relative": cbp_jax.constraint_failure_score(state.params, state.opt_state, relative=True),
+    }
+
+
+def _relative_weights(state: train.TrainState) -> dict[str, np.ndarray]:
+    """The latent weights of each constrained layer, in units of their scale."""
+    scales = jax.tree_util.tree_flatten_with_path(state.opt_state.cbp.weight_scale)[0]
+    weights = dict(jax.tree_util.tree_flatten_with_path(state.params)[0])
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(weights[path] / scale) for path, scale in scales}

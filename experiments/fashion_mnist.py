@@ -1,0 +1,35 @@
+"""CBP on Fashion-MNIST: three narrow layers of binary, ternary or power-of-two weights.
+
+Pre-trains a narrow MLP in full precision; then, for each constraint, post-trains it with CBP and, from the same start, with the
+straight-through estimator (STE) alone. The data set is read by TFDS and Grain, as ArrayRecord.
+
+    python experiments/fashion_mnist.py --config.data_dir=DIR
+    TFDS_DATA_DIR=DIR python experiments/fashion_mnist.py --config.constraint=binary
+"""
+
+import sys
+
+import ml_collections
+from common import data, post_training, settings
+from common.models import SmallMLP
+from flax import nnx
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = settings.small_experiment()
+    config.data_dir = ""  # empty: TFDS_DATA_DIR, or the default of TFDS
+    config.width = 64
+    return config
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+    try:
+        dataset = data.load_tfds("fashion_mnist", config.data_dir or None)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    model = SmallMLP(num_classes=10, features_in=28 * 28, width=config.width, rngs=nnx.Rngs(config.seed))
+    post_training.run("fashion_mnist", config, workdir, dataset, model, SmallMLP.constrained)
+
+
+if __name__ == "__main__":
+    settings.run_main(get_config(), "runs/fashion_mnist", main)
