@@ -181,8 +181,12 @@ class Constraint:
         nearest = self._nearest(w, scale)
         if dtype != w.dtype:  # a pair of casts would be dropped by XLA, which may keep excess precision
             info = jnp.finfo(dtype)
-            nearest = jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
-        return w - nearest
+            return w - jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
+        offset = w - nearest
+        if all(abs(math.frexp(level)[0]) in (0, 0.5) for level in self.levels):  # level * scale is exact
+            return offset
+        # XLA may fuse product and difference into one operation, whose rounding must not put a weight off its level.
+        return jnp.where(jnp.abs(offset) <= jnp.finfo(dtype).eps / 2 * jnp.abs(nearest), 0, offset)
 
     def _counts(self, w: jax.Array, scale: jax.Array, distance: jax.Array, window: ArrayLike) -> jax.Array:
         """Where the constraint is in force: outside the levels, and near enough to one of them."""
@@ -214,12 +218,19 @@ def _step_function(
         for edge, value in zip(edges, values[1:], strict=True):
             result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
         return result
-    table, index, step = jnp.asarray(edges, w.dtype), jnp.zeros(w.shape, jnp.int32), 1 << (len(edges).bit_length() - 1)
+    table, index, step = jnp.asarray(edges, w.dtype), jnp.zeros_like(w, jnp.int32), 1 << (len(edges).bit_length() - 1)
     while step:
-        above = w >= table[jnp.minimum(index + step, len(edges)) - 1] * scale
+        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1) * scale
         index = jnp.where(above & (index + step <= len(edges)), index + step, index)
         step //= 2
-    return jnp.asarray(values, dtype)[index]
+    return _look_up(jnp.asarray(values, dtype), index)
+
+
+def _look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+    """`table[index]`, sharded as `index` is where shardings are explicit and a gather must be told."""
+    sharding = jax.typeof(index).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return table.at[index].get(out_sharding=sharding if explicit else None)
 
 
 def binary() -> Constraint:

@@ -147,12 +147,15 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
       >>> print(cbp_jax.level_histogram(params, state)["kernel"])
       [1 0 2]
     """
-    return {
-        path_string(leaf.path): jnp.bincount(
-            leaf.constraint.level_index(leaf.weight, leaf.scale).ravel(), length=len(leaf.constraint.levels)
+    histogram = {}
+    for leaf in constrained_leaves(params, opt_state):
+        nearest = leaf.constraint.level_index(leaf.weight, leaf.scale)
+        levels = jnp.arange(len(leaf.constraint.levels))
+        # A reduction a level, which shards as the weights do; a scatter (jnp.bincount) does not.
+        histogram[path_string(leaf.path)] = jax.lax.map(
+            lambda level, nearest=nearest: jnp.sum(nearest == level, dtype=jnp.int32), levels
         )
-        for leaf in constrained_leaves(params, opt_state)
-    }
+    return histogram
 
 
 def _violation(leaf: ConstrainedLeaf, relative: bool) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, is_floating, is_variable, path_string
@@ -223,7 +224,8 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
     scale = jnp.array((scale_fn or mean_absolute_value)(w.astype(compute), kept), compute)
     if scale.shape != shape:
         raise ValueError(f"scale_fn gave {path_string(path)!r} a scale of shape {scale.shape}; shape {shape} was expected")
-    if not isinstance(scale, jax.core.Tracer) and scale.is_fully_addressable:
+    scale = _replicated(scale)
+    if not isinstance(scale, jax.core.Tracer) and (scale.is_fully_addressable or scale.is_fully_replicated):
         values = np.asarray(scale)
         if not np.all(np.isfinite(values)) or np.any(values < 0):
             raise ValueError(f"the scale of {path_string(path)!r} is negative or not finite: are its weights finite?")
@@ -233,6 +235,16 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
                 "optimizer.init, or leave this leaf out with mask=cbp_jax.select(exclude=...)"
             )
     return scale
+
+
+def _replicated(scale: jax.Array) -> jax.Array:
+    """On every device, which all need it; under `jit` in automatic sharding mode the compiler decides."""
+    traced = isinstance(scale, jax.core.Tracer)
+    sharding = jax.typeof(scale).sharding if traced else scale.sharding
+    if not isinstance(sharding, NamedSharding) or (traced and AxisType.Explicit not in sharding.mesh.axis_types):
+        return scale
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(scale, everywhere) if traced else jax.device_put(scale, everywhere)
 
 
 def normalize_axes(path: Path, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:

@@ -104,8 +104,8 @@ def cbp(
     Reference: Kim and Jeong (2021), algorithm 1.
     """
     rules = _constraint_rules(constraint)
-    _check_count("steps_per_epoch", steps_per_epoch)
-    _check_count("patience", patience)
+    steps_per_epoch = _as_count("steps_per_epoch", steps_per_epoch)
+    patience = _as_count("patience", patience)
     if isinstance(initial_window, int | float) and not initial_window >= 1:
         raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
     kept_axes = _as_axes(scale_axis)
@@ -246,16 +246,19 @@ def _default_growth(window: jax.Array) -> jax.Array:
 
 
 def _as_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    axes = () if scale_axis is None else (scale_axis,) if isinstance(scale_axis, int) else tuple(scale_axis)
+    axes = () if scale_axis is None else scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
         raise ValueError(f"scale_axis must be an integer, a tuple of them or None, got {scale_axis!r}")
     return axes
 
 
-def _check_count(name: str, number: Any) -> None:
-    """Only Python numbers are checked: under `inject_hyperparams` the number may be traced."""
-    if isinstance(number, int | float) and not (number >= 1 and number == math.floor(number)):
+def _as_count(name: str, number: Any) -> Any:
+    """Checks Python numbers only, since under `inject_hyperparams` the number may be traced; too large for int32 is never."""
+    if not isinstance(number, int | float):
+        return number
+    if not (1 <= number < math.inf and number == math.floor(number)):
         raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+    return min(int(number), 2**31 - 1)
 
 
 def _constraint_rules(constraint: ConstraintSpec) -> list[tuple[re.Pattern[str], Constraint | None]]:

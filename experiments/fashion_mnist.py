@@ -18,7 +18,8 @@ from flax import nnx
 def get_config() -> ml_collections.ConfigDict:
     config = settings.small_experiment()
     config.data_dir = ""  # empty: TFDS_DATA_DIR, or the default of TFDS
-    config.width = 64
+    config.width = 64  # narrow, so that low-bit weights cost something
+    config.pretrain_epochs = 100
     return config
 
 

@@ -1,6 +1,6 @@
 """Puts the tables that runs wrote below `experiments/results` into README.md, between their markers.
 
-    python experiments/digits.py --workdir=experiments/results/digits && python experiments/update_readme.py
+python experiments/digits.py --workdir=experiments/results/digits && python experiments/update_readme.py
 """
 
 import re

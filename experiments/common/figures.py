@@ -61,7 +61,7 @@ def plot_weights(path: Path, title: str, snapshots: Mapping[str, np.ndarray], le
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(snapshots), sharex=True, figsize=(2.4 * len(snapshots), 2.4), layout="constrained")
         reach = 1.15 * max(max(map(abs, levels)), *(np.quantile(np.abs(w), 0.995) for w in snapshots.values()))
-        bins = np.linspace(-reach, reach, 81)
+        bins = np.linspace(-reach, reach, 82)  # 0 is in the middle of a bin
         for panel, (moment, weights) in zip(np.atleast_1d(panels), snapshots.items(), strict=True):
             for level in levels:
                 panel.axvline(level, color=_STE, linewidth=0.8, alpha=0.6)

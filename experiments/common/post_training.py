@@ -180,9 +180,9 @@ def post_train(
             rows.append(row)
             on_epoch(row)
             if len(snapshots) == 1 and row["window"] >= _MIDWAY:
-                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.0f}"] = _relative_weights(state)
+                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.3g}"] = _relative_weights(state)
             bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, top-1 {row['top1']:.2%}, CFS/scale {row['cfs_relative']:.1e}, g {row['window']:.0f}",
+                f"loss {row['loss']:.3f}, top-1 {row['top1']:.2%}, CFS/scale {row['cfs_relative']:.1e}, g {row['window']:.3g}",
                 refresh=False,
             )
             bar.update()

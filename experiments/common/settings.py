@@ -20,7 +20,7 @@ def small_experiment() -> ml_collections.ConfigDict:
     config.learning_rate = 1e-2
     config.multiplier_learning_rate = 1e-3
     config.patience = 5
-    config.window_factor = 1.5  # growth of the window from 10 on; 0: by steps of 10, as in the paper
+    config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
     config.weight_decay = 1e-4
     return config
 
