@@ -59,6 +59,8 @@ class Constraint:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"a constraint's name must be a string, got {self.name!r}: write Constraint(name, levels)")
+        if isinstance(self.levels, str):
+            raise TypeError(f"the levels of constraint {self.name!r} must be numbers, got the string {self.levels!r}")
         levels = tuple(float(level) for level in self.levels)
         if len(levels) < 2:
             raise ValueError(f"constraint {self.name!r} needs at least two levels, got {levels}")
@@ -182,11 +184,8 @@ class Constraint:
         if dtype != w.dtype:  # a pair of casts would be dropped by XLA, which may keep excess precision
             info = jnp.finfo(dtype)
             return w - jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
-        offset = w - nearest
-        if all(abs(math.frexp(level)[0]) in (0, 0.5) for level in self.levels):  # level * scale is exact
-            return offset
         # XLA may fuse product and difference into one operation, whose rounding must not put a weight off its level.
-        return jnp.where(jnp.abs(offset) <= jnp.finfo(dtype).eps / 2 * jnp.abs(nearest), 0, offset)
+        return jnp.where(w == nearest, 0, w - nearest)
 
     def _counts(self, w: jax.Array, scale: jax.Array, distance: jax.Array, window: ArrayLike) -> jax.Array:
         """Where the constraint is in force: outside the levels, and near enough to one of them."""

@@ -76,7 +76,7 @@ def cbp_sgd(
       An optimizer, used as `cbp_jax.cbp` is: `init` after the pre-trained weights are in, `update` with `params` and `value`.
 
     Raises:
-      ValueError: as `cbp_jax.cbp`; and if `weight_bound` is not positive.
+      ValueError: as `cbp_jax.cbp`; and if `weight_bound` or `gradient_clip` is not positive.
 
     Example:
       >>> import cbp_jax, jax.numpy as jnp
@@ -101,8 +101,9 @@ def cbp_sgd(
         window_growth=window_growth,
         multiplier_dtype=multiplier_dtype,
     )
-    if isinstance(weight_bound, int | float) and not weight_bound > 0:
-        raise ValueError(f"weight_bound must be positive or None, got {weight_bound!r}")
+    for name, bound in (("weight_bound", weight_bound), ("gradient_clip", gradient_clip)):
+        if isinstance(bound, int | float) and not bound > 0:
+            raise ValueError(f"{name} must be positive or None, got {bound!r}")
     sgd = optax.chain(
         optax.identity() if gradient_clip is None else optax.clip(gradient_clip),
         optax.add_decayed_weights(weight_decay, _kernels if decay_mask is None else decay_mask),
@@ -185,9 +186,18 @@ def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None
 
 
 def _into_box(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLike) -> jax.Array:
-    low, high = jnp.asarray(lower, w.dtype), jnp.asarray(upper, w.dtype)
-    inside = jnp.where(w + update > high, (high - w).astype(update.dtype), update)
-    inside = jnp.where(w + update < low, (low - w).astype(update.dtype), inside)
+    low, high = _inwards(lower, w.dtype, math.inf), _inwards(upper, w.dtype, -math.inf)
+    wide = jnp.promote_types(jnp.promote_types(w.dtype, update.dtype), jnp.float32)
+    to_low, to_high = ((bound.astype(wide) - w.astype(wide)).astype(update.dtype) for bound in (low, high))
+    inside = jnp.where(w + update > high, to_high, jnp.where(w + update < low, to_low, update))
     # Either difference may have been rounded outwards, by less than one step of its own precision.
     inside = jnp.where(w + inside > high, jnp.nextafter(inside, jnp.asarray(-math.inf, inside.dtype)), inside)
     return jnp.where(w + inside < low, jnp.nextafter(inside, jnp.asarray(math.inf, inside.dtype)), inside)
+
+
+def _inwards(bound: ArrayLike, dtype: jnp.dtype, towards: float) -> jax.Array:
+    """The bound in a dtype that may not hold it, not further out than it was."""
+    exact = jnp.asarray(bound, jnp.promote_types(dtype, jnp.float32))
+    rounded = exact.astype(dtype)
+    outside = rounded.astype(exact.dtype) < exact if towards > 0 else rounded.astype(exact.dtype) > exact
+    return jnp.where(outside, jnp.nextafter(rounded, jnp.asarray(towards, dtype)), rounded)

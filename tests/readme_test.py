@@ -1,0 +1,54 @@
+"""The example of README.md, run as it is written, and its tables against the files that the runs wrote."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLE = re.search(r"<!-- tested by tests/readme_test.py -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_example(capsys):
+    """A network of one's own: three layers, of which the middle one is ternary."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = {"conv1": (8, 16), "middle": (16, 16), "head": (16, 3)}
+    params = {
+        name: {"kernel": jax.random.normal(key, size) / 4, "bias": jnp.zeros(size[1])}
+        for (name, size), key in zip(sizes.items(), keys, strict=False)
+    }
+    images = jax.random.normal(keys[3], (64, 8))
+    labels = jnp.argmax(images[:, :3], axis=1)
+
+    def loss_fn(params, batch):
+        x = batch[0]
+        for name in sizes:
+            x = x @ params[name]["kernel"] + params[name]["bias"]
+            x = x if name == "head" else jax.nn.relu(x)
+        return optax.softmax_cross_entropy_with_integer_labels(x, batch[1]).mean()
+
+    namespace = {"params": params, "loss_fn": loss_fn, "batches": [(images, labels)] * 50}
+    exec(EXAMPLE, namespace)
+
+    scale = np.mean(np.abs(params["middle"]["kernel"]))
+    levels = np.unique(namespace["weights"]["middle"]["kernel"])
+    np.testing.assert_allclose(levels, [-scale, 0, scale], rtol=1e-6)
+    assert len(np.unique(namespace["weights"]["head"]["kernel"])) == 48  # left in full precision
+    assert "middle/kernel  ternary" in capsys.readouterr().out
+    assert namespace["loss"] < loss_fn(params, (images, labels))
+
+
+def test_example_is_ten_lines_or_so():
+    code = [line for line in EXAMPLE.splitlines() if line.strip()]
+    assert len(code) <= 15
+
+
+@pytest.mark.parametrize("name", ["digits"])
+def test_tables_are_those_of_the_runs(name):
+    table = (ROOT / "experiments" / "results" / name / "table.md").read_text().strip()
+    assert table in README
