@@ -148,11 +148,7 @@ class Constraint:
         return jnp.where(self._counts(w, scale, 2 * jnp.abs(offset), window), 2 * jnp.sign(offset), 0)
 
     def level_index(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
-        """The index into `levels` of the level nearest to each weight.
-
-        Args:
-          w: weights, floating, any shape.
-          scale: the unit of the levels, shape () or broadcastable to `w`.
+        """The index into `levels` of the level nearest to each weight; arguments as in `quantize`.
 
         Returns:
           Array of `w`'s shape, int32.
@@ -313,8 +309,6 @@ def shift(depth: int) -> Constraint:
       >>> import cbp_jax
       >>> len(cbp_jax.shift(6).levels), cbp_jax.shift(6).bits
       (15, 4)
-
-    Reference: Kim and Jeong (2021), section 4, continued to any depth.
     """
     if not isinstance(depth, int) or isinstance(depth, bool) or not 0 <= depth <= 64:
         raise ValueError(f"shift needs an integer depth of 0 to 64, got {depth!r}")

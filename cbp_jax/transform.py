@@ -99,7 +99,9 @@ def cbp(
       >>> params = optax.apply_updates(params, updates)
 
     With `optax.inject_hyperparams`, arguments that are not numbers to schedule must be static: `static_args=("constraint", "mask",
-    "steps_per_epoch", "patience", "scale_axis", "scale_fn", "multiplier_optimizer", "window_growth", "multiplier_dtype")`.
+    "steps_per_epoch", "patience", "scale_axis", "scale_fn", "multiplier_optimizer", "window_growth", "multiplier_dtype")`. With
+    `optax.tree_utils.tree_map_params`, multipliers and their moments are parameters; `transform_non_params` is given `constraints`
+    and `weight_scale` as whole trees.
 
     Reference: Kim and Jeong (2021), algorithm 1.
     """

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -94,6 +95,9 @@ def network(kind, dtype=jnp.float32):
     return kind(jax.tree.map(lambda w: jnp.array(w, dtype), INITIAL))  # new arrays, as the steps donate them
 
 
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)  # of trees of one structure
+
+
 def by_shape(params):
     return {leaf.shape: np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)}
 
@@ -154,12 +158,6 @@ def expected():
     params, state = train(cbp_jax.cbp(**ARGUMENTS), network(nested_dict))
     assert cbp_jax.window(state) > 1
     return by_shape(params), by_shape(cbp_jax.quantize(params, state)), float(cbp_jax.window(state))
-
-
-def assert_close(actual, wanted, rtol=1e-5, atol=1e-6):
-    assert actual.keys() == wanted.keys()
-    for key, value in wanted.items():
-        np.testing.assert_allclose(actual[key], value, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

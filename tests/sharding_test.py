@@ -1,5 +1,8 @@
 """Eight virtual devices (conftest.py): the numbers of one device, and state sharded as the parameters are."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +69,7 @@ def assert_sharded_like_the_parameters(state, params):
         assert scalar.is_fully_replicated
 
 
-def assert_close(ours, theirs, rtol=1e-6, atol=0.0):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize(
