@@ -213,17 +213,17 @@ def _step_function(
         for edge, value in zip(edges, values[1:], strict=True):
             result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
         return result
-    table, index, step = jnp.asarray(edges, w.dtype), jnp.zeros_like(w, jnp.int32), 1 << (len(edges).bit_length() - 1)
-    while step:
-        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1) * scale
+    table, step = jnp.asarray(edges, w.dtype), 1 << (len(edges).bit_length() - 1)
+    index = jnp.where(w >= edges[step - 1] * scale, step, 0)
+    while step := step // 2:
+        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
         index = jnp.where(above & (index + step <= len(edges)), index + step, index)
-        step //= 2
-    return _look_up(jnp.asarray(values, dtype), index)
+    return _look_up(jnp.asarray(values, dtype), index, w)
 
 
-def _look_up(table: jax.Array, index: jax.Array) -> jax.Array:
-    """`table[index]`, sharded as `index` is where shardings are explicit and a gather must be told."""
-    sharding = jax.typeof(index).sharding
+def _look_up(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
+    """`table[index]`, sharded as `w` is where shardings are explicit and a gather must be told."""
+    sharding = jax.typeof(w).sharding
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     return table.at[index].get(out_sharding=sharding if explicit else None)
 

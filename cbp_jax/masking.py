@@ -94,6 +94,8 @@ def is_weight(leaf: Any) -> bool:
 
 def compile_patterns(patterns: str | Iterable[str] | None) -> list[re.Pattern[str]]:
     """One pattern, several or none, compiled; ValueError names the one that is not a regular expression."""
+    if not isinstance(patterns, str | Iterable | None):
+        raise ValueError(f"{patterns!r} is neither a pattern nor several of them")
     compiled = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         try:

@@ -42,7 +42,7 @@ def constraint_failure_score(params: PyTree, opt_state: optax.OptState, relative
     """
     leaves = constrained_leaves(params, opt_state)
     total = sum((jnp.sum(_violation(leaf, relative), dtype=float_dtype()) for leaf in leaves), jnp.zeros((), float_dtype()))
-    return total / max(sum(leaf.weight.size for leaf in leaves), 1)
+    return total / float(max(sum(leaf.weight.size for leaf in leaves), 1))  # float: there may be more than int32 holds
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ class LayerReport:
     weights: int = dataclasses.field(metadata={"static": True})
     scales: int = dataclasses.field(metadata={"static": True})  # 1, or one a channel
     scale: jax.Array  # the mean, if there is one a channel
-    zero_scales: jax.Array  # how many scales are 0: their weights are not constrained
+    bad_scales: jax.Array  # how many scales are 0 or not finite: their weights are not constrained
     violation: jax.Array  # mean violation in units of the scale, whatever the window
     on_level: jax.Array  # share of the weights on a level, to 1e-3 of the scale
     multiplier_mean: jax.Array
@@ -77,9 +77,9 @@ class Report:
         justify = (str.ljust, str.ljust, *[str.rjust] * (len(header) - 2))
         lines = ["  ".join(how(cell, width) for how, cell, width in zip(justify, row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        flagged = [layer.layer for layer in self.layers if layer.zero_scales > 0]
+        flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
         if flagged:
-            lines.append(f"scale 0, so not constrained: {', '.join(flagged)}")
+            lines.append(f"scale 0 or not finite, so not constrained: {', '.join(flagged)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -108,7 +108,7 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
     """
     layers = []
     for leaf in constrained_leaves(params, opt_state):
-        violation, n = _violation(leaf, relative=True), max(leaf.weight.size, 1)
+        violation, n = _violation(leaf, relative=True), float(max(leaf.weight.size, 1))
         layers.append(
             LayerReport(
                 layer=path_string(leaf.path),
@@ -117,7 +117,7 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
                 weights=leaf.weight.size,
                 scales=leaf.scale.size,
                 scale=jnp.mean(leaf.scale) if leaf.scale.size else jnp.zeros((), leaf.scale.dtype),
-                zero_scales=jnp.sum(leaf.scale == 0) * bool(leaf.weight.size),
+                bad_scales=jnp.sum(~((leaf.scale > 0) & jnp.isfinite(leaf.scale))) * bool(leaf.weight.size),
                 violation=jnp.sum(violation, dtype=float_dtype()) / n,
                 on_level=jnp.sum(violation <= 2 * _ON_LEVEL, dtype=float_dtype()) / n,
                 multiplier_mean=jnp.sum(leaf.multiplier, dtype=float_dtype()) / n,

@@ -64,7 +64,7 @@ def cbp_sgd(
       lr_decay: factor of the learning rate from `lr_decay_window` on.
       lr_decay_window: the window, read after the epoch boundary of this call, from which the learning rate is decayed.
       mask: as in `cbp_jax.cbp`.
-      decay_mask: the leaves that decay, as `mask`. None: leaves with at least two axes.
+      decay_mask: the leaves that decay, as `mask`. None: leaves with at least two axes. Static under `optax.inject_hyperparams`.
       multiplier_optimizer: as in `cbp_jax.cbp`.
       scale_axis: as in `cbp_jax.cbp`.
       scale_fn: as in `cbp_jax.cbp`.
@@ -174,12 +174,11 @@ def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None
     def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
         if params is None:
             raise ValueError("keep_params_in_box needs the parameters: call optimizer.update(grads, state, params)")
-        weights = jax.tree.leaves(params)
+        weights, moves = jax.tree.leaves(params), jax.tree.leaves(updates)
+        if len(weights) != len(moves):
+            raise ValueError(f"there are {len(weights)} parameters but {len(moves)} updates: give trees of the same structure")
         flags = list(map(is_floating, weights)) if mask is None else resolve_mask(mask, params)
-        moved = [
-            _into_box(w, u, lower, upper) if flag else u
-            for w, u, flag in zip(weights, jax.tree.leaves(updates), flags, strict=True)
-        ]
+        moved = [_into_box(w, u, lower, upper) if flag else u for w, u, flag in zip(weights, moves, flags, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(updates), moved), state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -22,7 +22,9 @@ ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 class CBPState(NamedTuple):
     """State of the `cbp` link; "float" is float32, or float64 under x64.
 
-    Trees have the structure of the parameters, with `optax.MaskedNode` where a leaf is not constrained.
+    Trees have the structure of the parameters, with `optax.MaskedNode` where a leaf is not constrained. The constraints are
+    structure, not arrays: pickle and `jax.tree` keep them, but Orbax writes arrays alone. To be sure that a state is restored under
+    its own constraint, save its `jax.tree.structure` too, as `experiments/common/checkpoints.py` does.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: steps taken, saturating; informational

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike, DTypeLike
 
 from cbp_jax.constraints import Constraint, get_constraint
@@ -75,9 +75,11 @@ def cbp(
         `cbp_jax.select` makes. None: floating leaves with at least two axes. First and last layers should be left out.
       scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output channel of Flax kernels. None: one
         scale a tensor.
-      scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean absolute value.
+      scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean absolute value. Give it to
+        `cbp_jax.refit_scales` too.
       initial_window: `g` at the start, at least 1; infinity constrains every weight from the first step.
-      window_growth: a function g -> next g. None: g + 1 below 10, g + 10 from there.
+      window_growth: a function of `g`, a traced array, giving the next one: `lambda g: jnp.where(g < 10, g + 1, 1.5 * g)`.
+        None: g + 1 below 10, g + 10 from there.
       multiplier_dtype: dtype of the multipliers and their optimizer's moments. None: `promote_types(w.dtype, float32)`.
 
     Returns:
@@ -108,7 +110,7 @@ def cbp(
     rules = _constraint_rules(constraint)
     steps_per_epoch = _as_count("steps_per_epoch", steps_per_epoch)
     patience = _as_count("patience", patience)
-    if isinstance(initial_window, int | float) and not initial_window >= 1:
+    if isinstance(initial_window, int | float | np.number) and not initial_window >= 1:
         raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
     kept_axes = _as_axes(scale_axis)
     if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
@@ -224,7 +226,7 @@ def _end_of_step(state: CBPState, value: ArrayLike | None, constraint_sum: jax.A
         count=optax.safe_increment(state.count),
         step_in_epoch=jnp.where(position >= steps_per_epoch, 0, position),
         # Once -inf, an epoch stays there; _start_of_epoch does not compare it.
-        lagrangian_sum=jnp.where(usable, state.lagrangian_sum + total, -jnp.inf),
+        lagrangian_sum=state.lagrangian_sum + jnp.where(usable, total, -jnp.inf),
         skipped_values=jnp.where(usable, state.skipped_values, optax.safe_increment(state.skipped_values)),
     )
 
@@ -255,9 +257,11 @@ def _as_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def _as_count(name: str, number: Any) -> Any:
-    """Checks Python numbers only, since under `inject_hyperparams` the number may be traced; too large for int32 is never."""
-    if not isinstance(number, int | float):
+    """Checks Python and numpy numbers, since under `inject_hyperparams` it may be an array; too large for int32 is never."""
+    if isinstance(number, jax.Array):
         return number
+    if not isinstance(number, int | float | np.number):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})")
     if not (1 <= number < math.inf and number == math.floor(number)):
         raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
     return min(int(number), 2**31 - 1)
@@ -295,20 +299,22 @@ def _assign_constraints(
 
 
 def _zeros_alike(w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Zeros sharded like `w`, under `jit` too, where zeros depend on nothing and would otherwise be replicated."""
-    zeros = jnp.zeros_like(w, dtype=dtype)
-    return shard_alike(w.astype(dtype), zeros)[1] if isinstance(w, jax.core.Tracer) else zeros
+    """Zeros sharded like `w`."""
+    if isinstance(w, jax.core.Tracer):
+        # Under jit plain zeros depend on nothing, so nothing says where they go. These depend on w, as far as XLA can tell.
+        return (jnp.abs(w) < -1).astype(dtype)
+    return jnp.zeros_like(w, dtype=dtype)
 
 
 def _shard_alike(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptState:
-    """The optimizer state with every copy of a multiplier's shape at a multiplier's path sharded like the multiplier."""
+    """The optimizer state with every array of a multiplier's shape at a multiplier's path sharded like it, under `jit` too."""
     by_path = dict(flatten_with_paths(multipliers))
 
     def align(path: Path, leaf: Any) -> Any:
         for start in range(len(path) + 1):
-            like = by_path.get(path[start:])
-            if isinstance(like, jax.core.Tracer) and like.shape == jnp.shape(leaf):
-                return shard_alike(like.astype(leaf.dtype), leaf)[1]
+            zeros = by_path.get(path[start:])
+            if isinstance(zeros, jax.core.Tracer) and zeros.shape == jnp.shape(leaf):
+                return leaf + zeros.astype(leaf.dtype)
         return leaf
 
     leaves = [align(path, leaf) for path, leaf in flatten_with_paths(opt_state)]

@@ -60,7 +60,9 @@ def test_all_is_complete():
 def test_docstring(name):
     doc = inspect.getdoc(getattr(cbp_jax, name))
     assert doc
-    assert doc.splitlines()[0].endswith((".", ":")) or "\n\n" in doc  # one line of summary
+    summary, *rest = doc.splitlines()
+    assert summary[0].isupper() or summary[0] == "`"
+    assert not any(rest[:1])  # one line of summary, then an empty one
     # named tuples get a docstring from Python: theirs must be written
     assert not doc.startswith(f"{name}(")
 

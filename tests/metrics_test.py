@@ -88,7 +88,7 @@ def test_layer_report(axis, compiled):
         assert layer.on_level == pytest.approx(np.mean(violation / scale / 2 <= 1e-3))
         assert layer.multiplier_mean == pytest.approx(np.mean(np.float64(multiplier)), rel=1e-5)
         assert layer.multiplier_max == np.max(multiplier)
-        assert layer.zero_scales == 0
+        assert layer.bad_scales == 0
     weighted = np.average([layer.violation for layer in report.layers], weights=[layer.weights for layer in report.layers])
     assert cbp_jax.constraint_failure_score(params, state, relative=True) == pytest.approx(weighted, rel=1e-5)
 
@@ -115,8 +115,8 @@ def test_a_scale_of_zero_is_flagged():
     params = {"fresh": jnp.zeros((2, 2)), "dead": jnp.array([[0.0, 1.0], [0.0, 1.5]]), "fine": jnp.ones((2, 2))}
     state = jax.jit(cbp_jax.cbp("binary", scale_axis=-1).init)(params)
     report = cbp_jax.layer_report(params, state)
-    assert {layer.layer: int(layer.zero_scales) for layer in report.layers} == {"fresh": 2, "dead": 1, "fine": 0}
-    assert str(report).splitlines()[-1] == "scale 0, so not constrained: dead, fresh"
+    assert {layer.layer: int(layer.bad_scales) for layer in report.layers} == {"fresh": 2, "dead": 1, "fine": 0}
+    assert str(report).splitlines()[-1] == "scale 0 or not finite, so not constrained: dead, fresh"
     assert "scale 0" not in str(
         cbp_jax.layer_report({"fine": params["fine"]}, cbp_jax.cbp("binary").init({"fine": params["fine"]}))
     )

@@ -13,7 +13,7 @@ W = {"layer": {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.ones(
 
 
 @pytest.mark.parametrize("name", ["steps_per_epoch", "patience"])
-@pytest.mark.parametrize("number", [0, -1, 2.5, math.nan, math.inf])
+@pytest.mark.parametrize("number", [0, -1, 2.5, math.nan, math.inf, "10", np.int64(0), np.float32(0.5)])
 def test_wrong_counts(name, number):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1"):
         cbp_jax.cbp("binary", **{name: number})

@@ -51,8 +51,8 @@ def _load_split(name: str, split: str, data_dir: str | None) -> tuple[np.ndarray
     except (KeyError, NotImplementedError, FileNotFoundError, AssertionError, tfds.core.DatasetNotFoundError) as error:
         where = data_dir or tfds.core.constants.DATA_DIR
         raise FileNotFoundError(
-            f"no {name!r} as ArrayRecord in {where}. Prepare it once, on a machine with network, by\n"
-            f'  python -c "import tensorflow_datasets as tfds; '
+            f"no {name!r} as ArrayRecord in {where}. Prepare it once, with network (only this needs TensorFlow):\n"
+            f'  pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder('{name}', data_dir='{where}', file_format='array_record').download_and_prepare()\"\n"
             "and give its folder by --config.data_dir=DIR or the environment variable TFDS_DATA_DIR."
         ) from error

@@ -52,6 +52,7 @@ def plot_training(
         figure.align_ylabels([top, bottom])
         figure.suptitle(title, fontsize=10)
         figure.legend(handles=[*top.get_lines(), *right.get_lines()], loc="outside lower center", ncols=4)
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path)
         plt.close(figure)
 
@@ -60,7 +61,7 @@ def plot_weights(path: Path, title: str, snapshots: Mapping[str, np.ndarray], le
     """Histograms of one layer's weights in units of their scale, one panel a moment, with the levels marked."""
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(snapshots), sharex=True, figsize=(2.4 * len(snapshots), 2.4), layout="constrained")
-        reach = 1.15 * max(max(map(abs, levels)), *(np.quantile(np.abs(w), 0.995) for w in snapshots.values()))
+        reach = 1.15 * max(*map(abs, levels), np.quantile(np.abs(snapshots["before"]), 0.999))  # those beyond pile up at the ends
         bins = np.linspace(-reach, reach, 82)  # 0 is in the middle of a bin
         for panel, (moment, weights) in zip(np.atleast_1d(panels), snapshots.items(), strict=True):
             for level in levels:
@@ -71,5 +72,6 @@ def plot_weights(path: Path, title: str, snapshots: Mapping[str, np.ndarray], le
             panel.set_xlabel("weight / scale")
         np.atleast_1d(panels)[0].set_ylabel("share of the weights [%]")
         figure.suptitle(title, fontsize=10)
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path)
         plt.close(figure)

@@ -117,9 +117,9 @@ def compare(
     cbp = post_train(
         job,
         pretrained,
-        _optimizer(job, constraint, config.learning_rate),
+        _optimizer(job, constraint, config.learning_rate, lr_decay=config.lr_decay),
         f"{constraint} CBP",
-        lambda row: config.learning_rate * (0.1 if row["window"] >= 20 else 1.0),
+        lambda row: config.learning_rate * (config.lr_decay if row["window"] >= config.lr_decay_window else 1.0),
         folder.append_metrics,
     )
     for row in ste.rows:
@@ -199,6 +199,7 @@ def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule,
         patience=config.patience,
         multiplier_learning_rate=config.multiplier_learning_rate,
         weight_decay=config.weight_decay,
+        lr_decay_window=config.lr_decay_window,
         window_growth=(lambda g: jnp.where(g < 10, g + 1, config.window_factor * g)) if config.window_factor else None,
         mask=job.mask,
         **options,

@@ -41,7 +41,7 @@ class Workdir:
         self.path = Path(path)
         self.figures = self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
-        self.figures.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "metrics_ste.jsonl", "summary.json", "table.md"):
             (self.path / name).unlink(missing_ok=True)
 

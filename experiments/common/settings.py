@@ -18,6 +18,8 @@ def small_experiment() -> ml_collections.ConfigDict:
     config.pretrain_learning_rate = 0.1
     config.epochs = 240
     config.learning_rate = 1e-2
+    config.lr_decay = 0.1  # of the learning rate under CBP, from lr_decay_window on
+    config.lr_decay_window = 20
     config.multiplier_learning_rate = 1e-3
     config.patience = 5
     config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
