@@ -230,7 +230,7 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
     if not isinstance(scale, jax.core.Tracer) and (scale.is_fully_addressable or scale.is_fully_replicated):
         values = np.asarray(scale)
         if not np.all(np.isfinite(values)) or np.any(values < 0):
-            raise ValueError(f"the scale of {path_string(path)!r} is negative or not finite: are its weights finite?")
+            raise ValueError(f"the scale of {path_string(path)!r} is negative or not finite: check its weights, and scale_fn")
         if np.all(values == 0):
             raise ValueError(
                 f"the scale of {path_string(path)!r} is 0, because all its weights are: load the pre-trained weights before "

@@ -1,6 +1,6 @@
 """Puts what the runs below `experiments/results` measured into README.md, between the markers of each table.
 
-The runs, on two CPU cores about 2 minutes each for digits and 6 for Fashion-MNIST:
+The runs, each of a few minutes on two CPU cores (`seconds` in its summaries); TFDS_DATA_DIR names the folder of Fashion-MNIST:
 
     for seed in 0 1 2; do
       python experiments/digits.py --config.seed=$seed --workdir=experiments/results/digits/seed$seed

@@ -114,6 +114,11 @@ def test_a_second_run_replaces_the_first(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 2}\n'
 
 
+def test_metrics_are_json_whatever_happens(tmp_path):
+    report.Workdir(tmp_path).append_metrics({"epoch": 1, "loss": float("nan"), "window": float("inf"), "lagrangian": -float("inf")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null, "window": null, "lagrangian": null}\n'
+
+
 def test_packed_bytes():
     params = {"a": jnp.ones((3, 7)), "b": jnp.ones((5, 5)), "c": jnp.ones(4)}
     constraint = {"a": "binary", "b": "two_bit_shift"}

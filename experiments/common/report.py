@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,9 +49,11 @@ class Workdir:
     def write_config(self, config: ml_collections.ConfigDict) -> None:
         (self.path / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
-    def append_metrics(self, metrics: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
+    def append_metrics(self, metrics: Mapping[str, float], name: str = "metrics.jsonl") -> None:
+        """Adds a line; what is not finite becomes null, because JSON has no word for it."""
+        row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with (self.path / name).open("a") as file:
-            file.write(json.dumps(dict(metrics)) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def write_summary(self, summary: Summary) -> None:
         (self.path / "summary.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
