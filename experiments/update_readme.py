@@ -32,7 +32,7 @@ def seeds_table(experiment: str) -> str:
             (
                 constraint,
                 _spread([s.full_precision_top1 for s in summaries]),
-                _spread([s.ste_top1 for s in summaries]),
+                _spread([s.ste_top1 for s in summaries if s.ste_top1 is not None]),
                 _spread([s.top1 for s in summaries]),
                 f"{max(s.cfs_relative for s in summaries):.1e}",
                 str(len(summaries)),

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -96,7 +95,9 @@ def test_checkpoint_is_the_state_that_was_measured(short_run):
     mask = cbp_jax.select(include=SmallConvNet.constrained)
     template = train.init_state(params, batch_stats, cbp_jax.cbp_sgd(1e-2, "two_bit_shift", mask=mask))
     state = checkpoints.restore(workdir / "checkpoints" / "final", template)
-    accuracy = train.make_evaluate(graphdef, cbp_jax.quantize)(state, dataset.test_images, dataset.test_labels)
+    weights = cbp_jax.quantize(state.params, state.opt_state)
+    batches = data.padded_batches(dataset.test_images, dataset.test_labels)
+    accuracy = train.make_evaluate(graphdef)(weights, state.batch_stats, batches)
     assert accuracy["top1"] == json.loads((workdir / "summary.json").read_text())["top1"]
     assert int(state.step) == 60
 
@@ -144,11 +145,12 @@ def test_evaluate_counts_every_image_once(batch_size):
     images, labels = dataset.test_images[:50], dataset.test_labels[:50]
     model = SmallConvNet(num_classes=10, channels=2, rngs=nnx.Rngs(0))
     graphdef, params, batch_stats = train.split_model(model)
-    state = train.init_state(params, batch_stats, optax.sgd(0.1))
     model.eval()
     order = np.argsort(-np.asarray(model(jnp.asarray(images))), axis=1)
     expected = {"top1": np.mean(order[:, 0] == labels), "top5": np.mean(np.any(order[:, :5] == labels[:, None], axis=1))}
-    assert train.make_evaluate(graphdef, train.latent, batch_size)(state, images, labels) == pytest.approx(expected)
+    batches = data.padded_batches(images, labels, batch_size)
+    expected |= {"images": 50, "unreadable": 0}
+    assert train.make_evaluate(graphdef)(params, batch_stats, batches) == pytest.approx(expected)
 
 
 def test_training_leaves_the_pretrained_weights_alone():
@@ -158,7 +160,8 @@ def test_training_leaves_the_pretrained_weights_alone():
     before = jax.tree.map(np.array, params)
     optimizer = cbp_jax.cbp_sgd(0.1, "binary", mask=cbp_jax.select(include=SmallConvNet.constrained))
     step = train.make_train_step(graphdef, optimizer, cbp_jax.quantize)
-    state, _ = step(train.init_state(params, batch_stats, optimizer), jnp.ones((4, 8, 8, 1)), jnp.arange(4))
+    batch = {"image": jnp.ones((4, 8, 8, 1)), "label": jnp.arange(4)}
+    state, _ = step(train.init_state(params, batch_stats, optimizer), batch)
     assert not np.array_equal(state.params["conv2"]["kernel"], before["conv2"]["kernel"])
     jax.tree.map(np.testing.assert_array_equal, params, before)
 

@@ -1,9 +1,14 @@
-"""Orbax checkpoints of a training state, which remember what the state was."""
+"""Orbax checkpoints of a training state, which remember what the state was and tell when they are damaged."""
 
+import functools
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 PyTree = Any
@@ -12,8 +17,7 @@ PyTree = Any
 def save(path: Path, tree: PyTree) -> None:
     """Writes a tree to a folder, which is replaced if it is there."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        items = ocp.args.Composite(tree=ocp.args.StandardSave(tree), structure=ocp.args.JsonSave(_structure(tree)))
-        checkpointer.save(path.absolute(), args=items, force=True)
+        checkpointer.save(path.absolute(), args=_save_args({"tree": tree}, {}), force=True)
 
 
 def restore(path: Path, like: PyTree) -> PyTree:
@@ -21,20 +25,154 @@ def restore(path: Path, like: PyTree) -> PyTree:
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
-      ValueError: if it holds another tree, a CBP state under another constraint too: Orbax itself looks at arrays alone.
+      ValueError: if it is damaged, or holds another tree, a CBP state under another constraint too: Orbax looks at arrays alone.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.restore(path.absolute(), args=ocp.args.Composite(structure=ocp.args.JsonRestore())).structure
-        asked = _structure(like)
+        return _restore(path, lambda args: checkpointer.restore(path.absolute(), args=args), {"tree": like})[0]["tree"]
+
+
+class AnotherTreeError(ValueError):
+    """A checkpoint is sound, but of another network, optimizer or constraint."""
+
+
+class Checkpoints:
+    """The newest few checkpoints of a run, written while it goes on.
+
+    Args:
+      folder: where they are; it is made if it is not there.
+      keep: how many are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, step: int, trees: Mapping[str, PyTree], run: Mapping[str, Any]) -> None:
+        """Copies the trees off the device and writes them in the background; `run` is what else must be remembered, as JSON."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=_save_args(trees, run))
+
+    def restore_newest(self, like: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        """The newest checkpoint that can be read: its step, its trees and `run`. None if there is none at all.
+
+        A damaged one is passed over with a warning, and put aside under the name `damaged_<step>` once an older one was read.
+
+        Args:
+          like: by name, trees of the structures, shapes, dtypes and shardings to read; other trees of the checkpoint are left.
+
+        Raises:
+          AnotherTreeError: if the newest readable checkpoint holds another tree than `like`.
+          ValueError: if there are checkpoints, none of which can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged = []
+        for step in steps:
+            try:
+                trees, run = _restore(self._folder / str(step), functools.partial(self._restore_step, step), like)
+            except AnotherTreeError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise what they like
+                reason = str(error).strip().split("\n")[0][:200]
+                warnings.warn(
+                    f"the checkpoint of step {step} in {self._folder} cannot be read ({type(error).__name__}: {reason}): "
+                    "trying the one before",
+                    stacklevel=2,
+                )
+                damaged.append(step)
+            else:
+                self._put_aside(damaged)
+                return step, trees, run
+        if steps:
+            raise ValueError(
+                f"none of the checkpoints in {self._folder} can be read (steps {steps}): give another workdir to start afresh"
+            )
+        return None
+
+    def _restore_step(self, step: int, args: ocp.args.Composite) -> Any:
+        return self._manager.restore(step, args=args)
+
+    def _put_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                (self._folder / str(step)).rename(self._folder / f"damaged_{step}")
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoint")
+        self._manager.reload()
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _save_args(trees: Mapping[str, PyTree], run: Mapping[str, Any]) -> ocp.args.Composite:
+    about = {
+        "trees": {name: {"structure": _structure(tree), "sums": _sums(tree)} for name, tree in trees.items()},
+        "run": dict(run),
+    }
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    return ocp.args.Composite(about=ocp.args.JsonSave(about), **items)
+
+
+def _restore(
+    path: Path, read: Callable[[ocp.args.Composite], Any], like: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    about = read(ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    for name, tree in like.items():
+        saved, asked = about["trees"].get(name, {}).get("structure"), _structure(tree)
         if saved != asked:
-            raise ValueError(f"{path} holds another tree than asked for:\n  saved: {saved['tree']}\n  asked: {asked['tree']}")
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = ocp.args.Composite(tree=ocp.args.StandardRestore(template))
-        return checkpointer.restore(path.absolute(), args=items).tree
+            raise AnotherTreeError(f"{path} holds another {name} than asked for:\n{_difference(saved or 'none', asked)}")
+    items = {name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)) for name, tree in like.items()}
+    read_trees = read(ocp.args.Composite(**items))
+    trees = {name: read_trees[name] for name in like}
+    for name, tree in trees.items():
+        paths = [jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+        sums = zip(paths, about["trees"][name]["sums"], _sums(tree), strict=True)
+        changed = [array for array, saved, now in sums if saved != now]
+        if changed:
+            raise ValueError(f"{path} is damaged: the bytes of {', '.join(changed)} are not those that were saved")
+    return trees, about["run"]
 
 
-def _structure(tree: PyTree) -> dict[str, str]:
-    """The tree's structure in words, its constraints among them."""
-    return {"tree": str(jax.tree.structure(tree))}
+def _structure(tree: PyTree) -> str:
+    """The tree's structure in words, its constraints and shapes among them."""
+    return f"{jax.tree.structure(tree)} of shapes {[leaf.shape for leaf in jax.tree.leaves(tree)]}"
+
+
+def _difference(saved: str, asked: str) -> str:
+    """Where two long descriptions part."""
+    same = next((i for i, (a, b) in enumerate(zip(saved, asked, strict=False)) if a != b), min(len(saved), len(asked)))
+    start = max(same - 80, 0)
+    return f"  saved: ...{saved[start : start + 300]}...\n  asked: ...{asked[start : start + 300]}..."
+
+
+def _sums(tree: PyTree) -> list[int]:
+    """A check sum an array, the same however the array is laid out over devices: integers are added, each times an odd number."""
+    return [int(value) for value in jax.device_get(_sums_of_bits(jax.tree.leaves(tree)))]
+
+
+@jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_sum_of_bits(leaf) for leaf in leaves]
+
+
+def _sum_of_bits(array: jax.Array) -> jax.Array:
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    # Odd factors are invertible modulo 2**32: one changed element always shows, two that changed places nearly always.
+    weight = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        weight = weight * np.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * weight + 1), dtype=jnp.uint32)

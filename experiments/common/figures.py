@@ -28,23 +28,22 @@ def plot_training(
     """Accuracy of the quantized weights above, CFS and the window below, over epochs."""
     with plt.rc_context(_STYLE):
         figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6, 5), layout="constrained")
-        epochs = [row["epoch"] for row in cbp]
         top.axhline(100 * full_precision_top1, color=_FULL, linestyle="--", linewidth=1, label="full precision, before")
-        top.plot([row["epoch"] for row in ste], [100 * row["top1"] for row in ste], color=_STE, linewidth=1, label="STE")
-        top.plot(epochs, [100 * row["top1"] for row in cbp], color=_CBP, linewidth=1.2, label="CBP")
+        for rows, color, label in ((ste, _STE, "STE"), (cbp, _CBP, "CBP")):
+            if rows:
+                top.plot(_column(rows, "epoch"), 100 * _column(rows, "top1"), color=color, linewidth=1.2, label=label)
+                bottom.plot(_column(rows, "epoch"), _column(rows, "cfs_relative"), color=color, linewidth=1.2)
         # The first epochs may be far below everything that matters.
-        accuracies = [100 * row["top1"] for row in (*cbp, *ste)]
+        accuracies = 100 * _column([*cbp, *ste], "top1")
         low, high = np.percentile(accuracies, 10), max(*accuracies, 100 * full_precision_top1)
         top.set_ylim(low - 0.3 * (high - low) - 0.2, high + 0.1 * (high - low) + 0.2)
         top.set_ylabel("top-1 accuracy [%]")
 
-        bottom.plot([row["epoch"] for row in ste], [row["cfs_relative"] for row in ste], color=_STE, linewidth=1)
-        bottom.plot(epochs, [row["cfs_relative"] for row in cbp], color=_CBP, linewidth=1.2)
         bottom.set_yscale("log")
         bottom.set_ylabel("CFS / scale")
         bottom.set_xlabel("epoch of the schedule")
         right = bottom.twinx()
-        right.step(epochs, [row["window"] for row in cbp], where="mid", color=_WINDOW, linewidth=1, label="window g (CBP)")
+        right.step(_column(cbp, "epoch"), _column(cbp, "window"), where="mid", color=_WINDOW, linewidth=1, label="window g (CBP)")
         right.set_yscale("log")
         right.set_ylabel("window g", color=_WINDOW)
         right.spines["right"].set_visible(True)
@@ -55,6 +54,11 @@ def plot_training(
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path)
         plt.close(figure)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One figure of every epoch; null, which is what was not finite, leaves a gap."""
+    return np.array([row[name] for row in rows], float)
 
 
 def plot_weights(path: Path, title: str, snapshots: Mapping[str, np.ndarray], levels: Sequence[float]) -> None:

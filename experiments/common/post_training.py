@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,8 @@ from flax import nnx
 from tqdm import tqdm
 
 import cbp_jax
-from common import checkpoints, figures, report, train
-from common.data import Dataset, shuffled_batches
+from common import checkpoints, figures, monitor, report, train
+from common.data import Dataset, padded_batches, shuffled_batches
 
 PyTree = Any
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
@@ -31,6 +31,15 @@ class Job(NamedTuple):
     dataset: Dataset
     graphdef: nnx.GraphDef
     mask: Callable[[PyTree], PyTree]
+
+
+class EpochLog(NamedTuple):
+    """What the loop knows at the end of an epoch; the state is valid until the next log is asked for (it is donated then)."""
+
+    epoch: int  # counted from 1
+    state: train.TrainState
+    loss: float
+    images_per_second: float
 
 
 class Outcome(NamedTuple):
@@ -93,13 +102,13 @@ def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.Train
     )
     state = train.init_state(params, batch_stats, optimizer)
     step = train.make_train_step(job.graphdef, optax.with_extra_args_support(optimizer), train.latent)
-    evaluate = train.make_evaluate(job.graphdef, train.latent)
+    evaluate = train.make_evaluate(job.graphdef)
     with tqdm(total=config.pretrain_epochs, desc="full precision".ljust(18), unit="epoch") as bar:
         for log in _epochs(job, state, step, config.pretrain_epochs, config.seed):
             state = log.state
             bar.set_postfix_str(f"loss {log.loss:.4f}", refresh=False)
             bar.update()
-        accuracy = evaluate(state, job.dataset.test_images, job.dataset.test_labels)["top1"]
+        accuracy = evaluate(state.params, state.batch_stats, _test_batches(job))["top1"]
         bar.set_postfix_str(f"loss {log.loss:.4f}, top-1 {accuracy:.2%}")
     return state, accuracy
 
@@ -166,27 +175,29 @@ def post_train(
     config = job.config
     state = train.init_state(pretrained.params, pretrained.batch_stats, optimizer)
     step = train.make_train_step(job.graphdef, optimizer, cbp_jax.quantize)
-    evaluate = train.make_evaluate(job.graphdef, cbp_jax.quantize)
+    evaluate = train.make_evaluate(job.graphdef)
+    quantize = jax.jit(cbp_jax.quantize)
     rows: list[dict[str, float]] = []
-    snapshots = {"before": _relative_weights(state)}
+    snapshots = {"before": monitor.relative_weights(state)}
     with tqdm(total=config.epochs, desc=description.ljust(18), unit="epoch", mininterval=0.5) as bar:
         for log in _epochs(job, state, step, config.epochs, config.seed + 1):
             state = log.state
             row = {"epoch": log.epoch, "step": log.epoch * config.steps_per_epoch, "loss": log.loss}
-            row |= {name: float(value) for name, value in _cbp_metrics(state).items()}
+            row |= {name: float(value) for name, value in monitor.cbp_metrics(state).items()}
             row["lagrangian"] /= config.steps_per_epoch
-            row |= evaluate(state, job.dataset.test_images, job.dataset.test_labels)
+            accuracy = evaluate(quantize(state.params, state.opt_state), state.batch_stats, _test_batches(job))
+            row |= {"top1": accuracy["top1"], "top5": accuracy["top5"]}
             row |= {"learning_rate": float(learning_rate(row)), "images_per_second": log.images_per_second}
             rows.append(row)
             on_epoch(row)
             if len(snapshots) == 1 and row["window"] >= _MIDWAY:
-                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.3g}"] = _relative_weights(state)
+                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.3g}"] = monitor.relative_weights(state)
             bar.set_postfix_str(
                 f"loss {row['loss']:.3f}, top-1 {row['top1']:.2%}, CFS/scale {row['cfs_relative']:.1e}, g {row['window']:.3g}",
                 refresh=False,
             )
             bar.update()
-    snapshots["after"] = _relative_weights(state)
+    snapshots["after"] = monitor.relative_weights(state)
     return Outcome(state, rows, snapshots)
 
 
@@ -206,25 +217,19 @@ def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule,
     )
 
 
-def _epochs(job: Job, state: train.TrainState, step: train.TrainStep, epochs: int, seed: int) -> Any:
+def _epochs(job: Job, state: train.TrainState, step: train.TrainStep, epochs: int, seed: int) -> Iterator[EpochLog]:
     images, labels = job.dataset.train_images, job.dataset.train_labels
     batches = shuffled_batches(len(labels), job.config.batch_size, seed)
-    return train.train(state, step, images, labels, batches, epochs=epochs, steps_per_epoch=job.config.steps_per_epoch)
+    for epoch in range(1, epochs + 1):
+        started, losses = time.perf_counter(), []
+        for _ in range(job.config.steps_per_epoch):
+            index = next(batches)
+            state, loss = step(state, {"image": images[index], "label": labels[index]})
+            losses.append(loss)
+        mean_loss = float(jnp.mean(jnp.stack(losses)))  # waits for the device
+        seen = job.config.steps_per_epoch * job.config.batch_size
+        yield EpochLog(epoch, state, mean_loss, seen / (time.perf_counter() - started))
 
 
-@jax.jit
-def _cbp_metrics(state: train.TrainState) -> dict[str, jax.Array]:
-    """Of the state after an epoch's last step; the Lagrangian is summed over the epoch."""
-    return {
-        "lagrangian": state.opt_state.cbp.lagrangian_sum,
-        "window": cbp_jax.window(state.opt_state),
-        "cfs": cbp_jax.constraint_failure_score(state.params, state.opt_state),
-        "cfs_relative": cbp_jax.constraint_failure_score(state.params, state.opt_state, relative=True),
-    }
-
-
-def _relative_weights(state: train.TrainState) -> dict[str, np.ndarray]:
-    """The latent weights of each constrained layer, in units of their scale."""
-    scales = jax.tree_util.tree_flatten_with_path(state.opt_state.cbp.weight_scale)[0]
-    weights = dict(jax.tree_util.tree_flatten_with_path(state.params)[0])
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(weights[path] / scale) for path, scale in scales}
+def _test_batches(job: Job) -> Iterator[dict[str, np.ndarray]]:
+    return padded_batches(job.dataset.test_images, job.dataset.test_labels)

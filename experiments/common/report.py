@@ -24,7 +24,7 @@ class Summary:
     constraint: str
     seed: int
     full_precision_top1: float
-    ste_top1: float  # the straight-through estimator alone, same start and budget
+    ste_top1: float | None  # the straight-through estimator alone, same start and budget; None: not run beside
     top1: float
     top5: float
     cfs: float
@@ -36,27 +36,47 @@ class Summary:
 
 
 class Workdir:
-    """A run's folder; the metrics and results that an earlier run left there are replaced."""
+    """A run's folder.
 
-    def __init__(self, path: str | os.PathLike[str]):
+    Args:
+      path: it is made if it is not there.
+      step: the step that a run goes on from; metrics of later steps, which will come again, are removed. 0: all that an earlier run
+        left is removed, but its checkpoints.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], step: int = 0):
         self.path = Path(path)
         self.figures = self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in self.read_metrics() if row["step"] <= step] if step else []
         for name in ("metrics.jsonl", "metrics_ste.jsonl", "summary.json", "table.md"):
             (self.path / name).unlink(missing_ok=True)
+        for row in rows:
+            self.append_metrics(row)
 
     def write_config(self, config: ml_collections.ConfigDict) -> None:
         (self.path / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
-    def append_metrics(self, metrics: Mapping[str, float], name: str = "metrics.jsonl") -> None:
+    def append_metrics(self, metrics: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
         """Adds a line; what is not finite becomes null, because JSON has no word for it."""
-        row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_finite(metrics)) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a last one that was cut off by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def write_summary(self, summary: Summary) -> None:
         (self.path / "summary.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def packed_bytes(params: PyTree, opt_state: PyTree) -> tuple[int, int]:
@@ -85,7 +105,7 @@ def results_table(summaries: Sequence[Summary]) -> str:
         (
             s.constraint,
             f"{s.full_precision_top1:.2%}",
-            f"{s.ste_top1:.2%}",
+            "" if s.ste_top1 is None else f"{s.ste_top1:.2%}",
             f"{s.top1:.2%}",
             f"{s.cfs:.1e}",
             f"{s.cfs_relative:.1e}",

@@ -1,6 +1,8 @@
 """Configs as `ml_collections`, every field of which is a flag: `--config.FIELD=VALUE`."""
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 from absl import app, flags, logging
@@ -25,6 +27,65 @@ def small_experiment() -> ml_collections.ConfigDict:
     config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
     config.weight_decay = 1e-4
     return config
+
+
+def long_experiment(network: str, constraint: str) -> ml_collections.ConfigDict:
+    """The fields of the experiments that run for hours (`common.runner`), with the paper's values.
+
+    Large batches: `learning_rate` and `pretrain_learning_rate` are meant for batches of `base_batch_size` images and are multiplied
+    by `batch_size / base_batch_size`, with a linear warm-up over `warmup_epochs` where that is more than 1 (the linear scaling rule
+    of Goyal et al., 2017). The multipliers' rate stays: they are updated by the epoch, not by the step.
+    """
+    config = ml_collections.ConfigDict()
+    config.network = network
+    config.constraint = constraint  # binary, ternary, one_bit_shift, two_bit_shift
+    config.phase = "post_train"  # or pretrain: full precision, from random weights
+    config.method = "cbp"  # or, as in the paper's ablation, no_window (g = infinity from the start) and ste (no multipliers)
+    config.pretrained = ""  # a .pth or .safetensors file, or the workdir of a run; empty: random weights
+    config.seed = 0
+
+    config.data = "tfds"  # or folder: DIR/train/<class>/*.JPEG and DIR/val/...; cifar10; synthetic: noise, to measure the machine
+    config.data_dir = ""  # empty: TFDS_DATA_DIR, or the default of TFDS
+    config.num_classes = 1000
+    config.image_size = 224
+    config.resize = 256  # of the shorter side, in validation
+    config.color_jitter = 0.2  # brightness, contrast and saturation are multiplied by 1 ± this much
+    config.workers = -1  # processes that decode photos; -1: one a core; 0: none but the main one
+
+    config.batch_size = 256  # of all devices together
+    config.base_batch_size = 256
+    config.warmup_epochs = 5
+    config.epochs = 200  # an upper bound: watch the CFS, and stop the run when it has come down
+    config.steps_per_epoch = 0  # 0: one pass over the training images
+    config.learning_rate = 1e-3
+    config.lr_decay = 0.1  # of the learning rate under CBP, from lr_decay_window on
+    config.lr_decay_window = 20
+    config.multiplier_learning_rate = 1e-4
+    config.patience = 20
+    config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
+    config.weight_decay = 1e-4
+    config.pretrain_epochs = 90
+    config.pretrain_learning_rate = 0.1  # falls to 0 along a cosine
+
+    config.dtype = "bfloat16"  # of the activations; parameters and sums are float32
+    config.fsdp = 1  # devices that share one copy of the parameters
+    config.distributed = False  # several hosts: the same command on each; JAX finds the others on TPU pods, SLURM, Open MPI
+    config.coordinator = ""  # host:port of the first process, with num_processes and process_id, where JAX cannot find them
+    config.num_processes = 0
+    config.process_id = -1
+    config.checkpoint_steps = 0  # between two checkpoints; 0: at the end of every epoch only
+    config.keep_checkpoints = 3
+    config.preflight = True  # check data, weights and memory before the first step
+    return config
+
+
+def choose(configs: Mapping[str, Callable[[], ml_collections.ConfigDict]], argv: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of the constraint that a command line names, or the first; its other arguments then change the fields."""
+    found = re.findall(r"(?<=\s)--?config\.constraint[=\s](\S+)", " " + " ".join(argv))
+    name = found[-1] if found else next(iter(configs))
+    if name not in configs:
+        sys.exit(f"error: --config.constraint={name} is none of {', '.join(configs)}")
+    return configs[name]()
 
 
 def run_main(config: ml_collections.ConfigDict, workdir: str, main: Callable[[ml_collections.ConfigDict, str], object]) -> None:

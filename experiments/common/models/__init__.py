@@ -1,5 +1,68 @@
-"""Flax NNX networks; images are NHWC."""
+"""Flax NNX networks; images are NHWC.
 
+`constrained`, an attribute of each, is a pattern of the paths of the kernels to constrain, for `cbp_jax.select(include=...)`.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from common.models.alexnet import AlexNet
+from common.models.googlenet import GoogLeNet
+from common.models.resnet import ResNet, cifar_resnet18, resnet18, resnet20, resnet50
 from common.models.small import SmallConvNet, SmallMLP
 
-__all__ = ["SmallConvNet", "SmallMLP"]
+Network = AlexNet | GoogLeNet | ResNet
+
+NETWORKS: Mapping[str, Callable[..., Network]] = MappingProxyType(
+    {
+        "alexnet": AlexNet,
+        "resnet18": resnet18,
+        "resnet50": resnet50,
+        "googlenet": GoogLeNet,
+        "resnet20": resnet20,
+        "cifar_resnet18": cifar_resnet18,
+    }
+)
+
+__all__ = [
+    "NETWORKS",
+    "AlexNet",
+    "GoogLeNet",
+    "Network",
+    "ResNet",
+    "SmallConvNet",
+    "SmallMLP",
+    "cifar_resnet18",
+    "create",
+    "resnet18",
+    "resnet20",
+    "resnet50",
+]
+
+
+def create(name: str, num_classes: int | None = None, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **options: Any) -> Network:
+    """A network by its name, with fresh weights.
+
+    Args:
+      name: a key of `NETWORKS`.
+      num_classes: number of logits; None for the network's own, 1000 on ImageNet and 10 on CIFAR.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      rngs: where the weights come from.
+      **options: further arguments of the network.
+
+    Returns:
+      The network, in training mode.
+
+    Raises:
+      ValueError: if there is no network of that name.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return NETWORKS[name](dtype=dtype, rngs=rngs, **options)

@@ -19,7 +19,8 @@ class SmallConvNet(nnx.Module):
         self.conv3, self.bn3 = conv(2 * channels, 2 * channels), nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs)
         self.head = nnx.Linear(2 * channels, num_classes, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        del rngs  # nothing is dropped
         x = nnx.relu(self.bn1(self.conv1(images)))
         x = nnx.relu(self.bn2(self.conv2(x)))
         x = nnx.relu(self.bn3(self.conv3(x)))
@@ -41,7 +42,8 @@ class SmallMLP(nnx.Module):
         self.hidden3, self.bn3 = dense(width), nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        del rngs  # nothing is dropped
         x = images.reshape(len(images), -1)
         x = nnx.relu(self.bn0(self.hidden0(x)))
         x = nnx.relu(self.bn1(self.hidden1(x)))
