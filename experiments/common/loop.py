@@ -1,0 +1,182 @@
+"""The loop of a long run: steps, epochs, checkpoints, and a clean end when it is told to stop."""
+
+import collections
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from common import train
+from common.checkpoints import Checkpoints
+from common.train import Batch, TrainState, TrainStep
+
+# Steps that may be on their way to the device: enough to keep it busy, few enough to stop soon.
+_STEPS_AHEAD = 8
+
+
+class Plan(NamedTuple):
+    """What a loop does."""
+
+    description: str
+    steps_per_epoch: int
+    total_steps: int
+    batch_size: int
+    checkpoint_steps: int  # between two checkpoints; 0: at the end of every epoch only
+    # From the state after an epoch's last step, what `metrics.jsonl` says of it beyond the loop's own figures.
+    measure: Callable[[TrainState], dict[str, Any]]
+    on_epoch: Callable[[dict[str, Any]], None]
+
+
+class StopRequest:
+    """Whether the run was asked to stop, by SIGTERM; of several hosts, all agree on the step after which they do."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        if jax.process_count() == 1:  # with several, JAX listens for the signal itself
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        del number, frame
+        self._asked = True
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after each."""
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    @property
+    def asked(self) -> bool:
+        return self._asked
+
+
+def run(
+    plan: Plan,
+    state: TrainState,
+    step_fn: TrainStep,
+    batches: Iterator[Batch],
+    checkpoints: Checkpoints,
+    run_notes: Mapping[str, Any],
+) -> tuple[TrainState, bool]:
+    """Trains from the state's step to the last one.
+
+    Args:
+      plan: what to do.
+      state: it is donated.
+      step_fn: of `train.make_train_step`.
+      batches: from the state's step on.
+      checkpoints: where the state is saved.
+      run_notes: saved along, as JSON.
+
+    Returns:
+      The state, and whether the last step was reached; if not, the run was asked to stop, and the state is saved.
+
+    Raises:
+      FloatingPointError: if the loss of an epoch is not finite; the checkpoints before it stay.
+    """
+    stop, start = StopRequest(), int(state.step)
+    meter = _Meter(plan, start)
+    step = start
+    while step < plan.total_steps and not stop.after(step):
+        try:
+            batch = next(batches)
+        except Exception:
+            if stop.asked:  # whoever ended this process may have ended its workers too
+                break
+            raise
+        state, loss = step_fn(state, batch)
+        step += 1
+        meter.step(loss)
+        at_end = step % plan.steps_per_epoch == 0
+        if at_end:
+            state = _end_epoch(plan, state, step, meter)
+        if at_end or (plan.checkpoint_steps and step % plan.checkpoint_steps == 0):
+            _save(checkpoints, step, state, run_notes)
+    meter.close()
+    finished = step >= plan.total_steps
+    if not finished:
+        _save(checkpoints, step, state, run_notes)
+    return state, finished
+
+
+def _end_epoch(plan: Plan, state: TrainState, step: int, meter: "_Meter") -> TrainState:
+    sums = jax.device_get(state.sums)
+    loss = float(sums.loss) / max(int(sums.steps), 1)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of the epoch that ended at step {step} is {loss}: the last checkpoint is from before; "
+            "lower --config.learning_rate, or use --config.dtype=float32"
+        )
+    rate = meter.images_per_second()
+    row = {"epoch": step // plan.steps_per_epoch, "step": step, "loss": loss}
+    row |= plan.measure(state)
+    row |= {"images_per_second": rate, "unreadable": int(sums.unreadable)}
+    plan.on_epoch(row)
+    meter.end_epoch(row)
+    fresh = jax.tree.map(lambda zero, old: jax.device_put(zero, old.sharding), train.zero_sums(), state.sums)
+    return state._replace(sums=fresh)
+
+
+def _save(checkpoints: Checkpoints, step: int, state: TrainState, run_notes: Mapping[str, Any]) -> None:
+    weights = {"params": state.params, "batch_stats": state.batch_stats}
+    rest = {"step": state.step, "opt_state": state.opt_state, "key": state.key, "sums": state.sums}
+    checkpoints.save(step, {"weights": weights, "rest": rest}, run_notes)
+
+
+def restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state that `run` saved and that can be read, with its notes; None if there is none. Raises as `restore_newest`."""
+    weights = {"params": like.params, "batch_stats": like.batch_stats}
+    rest = {"step": like.step, "opt_state": like.opt_state, "key": like.key, "sums": like.sums}
+    found = checkpoints.restore_newest({"weights": weights, "rest": rest})
+    if found is None:
+        return None
+    _, trees, notes = found
+    return TrainState(**trees["weights"], **trees["rest"]), notes
+
+
+class _Meter:
+    """The progress bar, and how fast the epoch goes without its evaluation."""
+
+    def __init__(self, plan: Plan, start: int):
+        self._losses: collections.deque[jax.Array] = collections.deque()
+        self._batch_size = plan.batch_size
+        self._last: dict[str, Any] = {}
+        self._restart()
+        total, done = plan.total_steps * plan.batch_size, start * plan.batch_size
+        first = jax.process_index() == 0
+        self._bar = tqdm(
+            total=total, initial=done, desc=plan.description, unit="img", unit_scale=True, mininterval=1, disable=not first
+        )
+
+    def _restart(self) -> None:
+        self._started, self._steps = time.perf_counter(), 0
+
+    def step(self, loss: jax.Array) -> None:
+        self._steps += 1
+        self._losses.append(loss)
+        if len(self._losses) > _STEPS_AHEAD:
+            self._losses.popleft().block_until_ready()
+            self._bar.update(self._batch_size)
+
+    def images_per_second(self) -> float:
+        """Since the epoch, or the run, began; called when the device has finished the epoch."""
+        return self._steps * self._batch_size / (time.perf_counter() - self._started)
+
+    def end_epoch(self, row: Mapping[str, Any]) -> None:
+        shown = [f"epoch {row['epoch']}", f"loss {row['loss']:.3f}", f"top-1 {row['top1']:.2%}"]
+        if "cfs_relative" in row:
+            shown += [f"CFS/scale {row['cfs_relative']:.1e}", f"g {row['window']:.3g}"]
+        self._drain()
+        self._bar.set_postfix_str(", ".join(shown))
+        self._restart()
+
+    def _drain(self) -> None:
+        self._bar.update(self._batch_size * len(self._losses))
+        self._losses.clear()
+
+    def close(self) -> None:
+        self._drain()
+        self._bar.close()

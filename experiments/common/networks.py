@@ -1,0 +1,94 @@
+"""A config's network with the weights it starts from."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from common import models, pretrained, train
+from common.checkpoints import Checkpoints
+
+PyTree = Any
+# Arguments of networks that a config may have as fields.
+_OPTIONS = ("auxiliary_heads", "transform_input")
+
+
+class Network(NamedTuple):
+    """A network as the functional step needs it."""
+
+    graphdef: nnx.GraphDef
+    params: PyTree
+    batch_stats: PyTree
+    constrained: str  # pattern of the paths of the constrained parameters
+
+
+def is_torch_file(path: str) -> bool:
+    """Whether weights come from PyTorch rather than from the workdir of a run."""
+    return bool(path) and not Path(path).is_dir()
+
+
+def settle_options(config: ml_collections.ConfigDict) -> None:
+    """Fills in what the network should be from where its weights come, in the fields that were left open (None)."""
+    if "transform_input" not in config or config.transform_input is not None:
+        return
+    if is_torch_file(config.pretrained):
+        config.transform_input = pretrained.TORCHVISION_OPTIONS[config.network]["transform_input"]
+    else:
+        saved = saved_config(Path(config.pretrained)) if config.pretrained else {}
+        config.transform_input = bool(saved.get("transform_input"))
+
+
+def saved_config(workdir: Path) -> dict[str, Any]:
+    """What `config.json` of a run says; empty if there is none."""
+    path = workdir / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def make_network(config: ml_collections.ConfigDict) -> Network:
+    """The network, with the weights of `config.pretrained`: a PyTorch file or the workdir of a run; random ones if it is empty.
+
+    Raises:
+      FileNotFoundError: if there is no such file or checkpoint.
+      ValueError: if it is damaged, or of another network.
+    """
+    options = {name: config[name] for name in _OPTIONS if name in config}
+    dtype = jnp.dtype(config.dtype)
+
+    def create() -> models.Network:
+        return models.create(config.network, config.num_classes, dtype=dtype, rngs=nnx.Rngs(config.seed), **options)
+
+    # Random weights that will be replaced need not be drawn.
+    model = nnx.eval_shape(create) if config.pretrained else create()
+    graphdef, params, batch_stats = train.split_model(model)
+    if is_torch_file(config.pretrained):
+        params, batch_stats = pretrained.load_torch(config.pretrained, model)
+    elif config.pretrained:
+        params, batch_stats = weights_of_run(Path(config.pretrained), params, batch_stats)
+    return Network(graphdef, params, batch_stats, model.constrained)
+
+
+def weights_of_run(workdir: Path, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+    """The newest latent weights and batch statistics in a run's workdir.
+
+    Args:
+      workdir: of the run.
+      params: gives structure, shapes and dtypes.
+      batch_stats: likewise.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if there is none that can be read, or it is of another network.
+    """
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run: there is no {folder}")
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore_newest({"weights": {"params": params, "batch_stats": batch_stats}})
+    checkpoints.close()
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint in {folder}")
+    weights = found[1]["weights"]
+    return weights["params"], weights["batch_stats"]

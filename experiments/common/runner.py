@@ -1,0 +1,311 @@
+"""A long run from its config: network, data, optimizer, checkpoints, and what it leaves in its workdir."""
+
+import functools
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+
+import cbp_jax
+from common import figures, loop, mesh, monitor, networks, optimizers, pipeline, preflight, report, train
+from common.checkpoints import Checkpoints
+from common.data import UNREADABLE
+from common.loaders import Loader, open_data
+from common.networks import Network
+
+PyTree = Any
+_PREFLIGHT_IMAGES = 1000
+
+
+class Setup(NamedTuple):
+    """What a run needs beside its state."""
+
+    mesh: Mesh
+    network: Network
+    optimizer: optax.GradientTransformationExtraArgs
+    weights_fn: train.WeightsFn
+    steps_per_epoch: int
+
+
+def main(experiment: str, config: ml_collections.ConfigDict, workdir: str) -> None:
+    """`run` as a command: finds the other hosts first, and ends with a plain message where something is not there."""
+    if config.distributed:  # before anything else of JAX
+        process_id = None if config.process_id < 0 else config.process_id
+        jax.distributed.initialize(config.coordinator or None, config.num_processes or None, process_id)
+    try:
+        run(experiment, config, workdir)
+    except (FileNotFoundError, MemoryError) as error:
+        sys.exit(f"error: {error}")
+
+
+def make_setup(config: ml_collections.ConfigDict, train_images: int) -> Setup:
+    """Everything that the config says, but the data.
+
+    Raises:
+      ValueError: if a field makes no sense; it names the field.
+    """
+    if config.phase not in ("pretrain", "post_train"):
+        raise ValueError(f"--config.phase={config.phase!r} is none of pretrain, post_train")
+    steps_per_epoch = config.steps_per_epoch or train_images // config.batch_size
+    if steps_per_epoch < 1:
+        raise ValueError(f"{train_images} training images are fewer than batch_size={config.batch_size}: lower --config.batch_size")
+    network = networks.make_network(config)
+    if config.phase == "pretrain":
+        optimizer, weights_fn = optimizers.pretraining(config, steps_per_epoch), train.latent
+    else:
+        optimizer, weights_fn = optimizers.post_training(config, steps_per_epoch, network.constrained), cbp_jax.quantize
+    return Setup(mesh.make_mesh(config.fsdp), network, optimizer, weights_fn, steps_per_epoch)
+
+
+def initial_state(setup: Setup, seed: int) -> tuple[train.TrainState, train.TrainState]:
+    """A state to start from on the mesh, and its shardings."""
+    state = train.init_state(setup.network.params, setup.network.batch_stats, setup.optimizer, seed)
+    shardings = mesh.state_shardings(setup.mesh, state, state.params)
+    return mesh.put_state(state, shardings), shardings
+
+
+def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> report.Summary | None:
+    """Runs the config's phase to its end, going on from the newest checkpoint in the workdir if there is one.
+
+    Args:
+      experiment: its name, for the summary.
+      config: of `settings.long_experiment`.
+      workdir: the run's folder; on several hosts one that all of them see.
+
+    Returns:
+      The summary; None if the run was asked to stop before its end. Then the same call goes on.
+
+    Raises:
+      ValueError: if a field of the config makes no sense, or does not fit the checkpoint in the workdir.
+      FileNotFoundError: if the data or the pre-trained file are not there.
+      MemoryError: if a step does not fit the device.
+    """
+    started = time.perf_counter()
+    config = ml_collections.ConfigDict(config)  # the caller's stays as it is
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep_checkpoints)
+    if checkpoints.newest() is None:
+        networks.settle_options(config)
+    else:
+        _go_on(config, Path(workdir))
+    loader = open_data(config)
+    setup = make_setup(config, loader.train_images)
+    state, shardings = initial_state(setup, config.seed)
+    step_fn = train.make_train_step(setup.network.graphdef, setup.optimizer, setup.weights_fn, loader.train_preprocess, shardings)
+    evaluation = Evaluation(setup, loader)
+
+    notes: dict[str, Any] = {"images": loader.train_images, "batch_size": config.batch_size, "seed": config.seed}
+    restored = loop.restore(checkpoints, state)
+    if restored is not None:
+        state, saved = restored
+        _check_notes(saved, notes)
+        notes = saved
+    step = int(state.step)
+    folder = report.Workdir(workdir, step) if jax.process_index() == 0 else None
+    if folder and step == 0:
+        folder.write_config(config)
+    total_steps = setup.steps_per_epoch * (config.pretrain_epochs if config.phase == "pretrain" else config.epochs)
+    _say(f"{experiment}: {loader.train_images:,} training and {loader.eval_images:,} validation images")
+    _say(f"step {step:,} of {total_steps:,}")
+    batches = stream = _on_device(loader.train(step), setup.mesh)
+    if config.preflight:
+        stream, step_fn = _preflight(config, state, step_fn, batches, evaluation)
+    if restored is None and config.phase == "post_train":
+        notes["full_precision_top1"] = evaluation(state.params, state.batch_stats)["top1"]
+        _say(f"top-1 of the weights it starts from: {notes['full_precision_top1']:.2%}")
+        before = monitor.relative_weights(state)
+        if folder:
+            np.savez(folder.path / "weights_before.npz", **before)  # type: ignore[arg-type]
+
+    schedule = optimizers.learning_rate(config, setup.steps_per_epoch)
+    writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1) if folder else None
+
+    def measure(state: train.TrainState) -> dict[str, Any]:
+        return _measure(config, setup, state, schedule, evaluation)
+
+    last: dict[str, Any] = {}
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        last.update(row)
+        if folder and writer:
+            folder.append_metrics(row)
+            _write_scalars(writer, row)
+
+    plan = loop.Plan(
+        description=f"{config.network} {config.constraint if config.phase == 'post_train' else 'full precision'}",
+        steps_per_epoch=setup.steps_per_epoch,
+        total_steps=total_steps,
+        batch_size=config.batch_size,
+        checkpoint_steps=config.checkpoint_steps,
+        measure=measure,
+        on_epoch=on_epoch,
+    )
+    try:
+        state, finished = loop.run(plan, state, step_fn, stream, checkpoints, notes)
+    finally:
+        batches.close()
+        checkpoints.close()
+        if writer:
+            writer.close()
+    if not finished:
+        _say(f"stopped at step {int(state.step)} of {total_steps}, saved; the same command goes on from there")
+        return None
+    before_top1 = notes.get("full_precision_top1")
+    summary = _summary(experiment, config, state, last or measure(state), before_top1, time.perf_counter() - started)
+    snapshots = monitor.relative_weights(state) if config.phase == "post_train" else {}
+    if folder:
+        folder.write_summary(summary)
+        _draw(folder, experiment, config, snapshots, before_top1)
+        _say(f"\n{report.results_table([summary])}\n\nwritten to {folder.path}")
+    return summary
+
+
+class Evaluation:
+    """Accuracy of weights on the validation images, or on some of them."""
+
+    def __init__(self, setup: Setup, loader: Loader):
+        self._mesh, self._loader = setup.mesh, loader
+        self._evaluate = train.make_evaluate(setup.network.graphdef, loader.eval_preprocess)
+
+    def __call__(self, weights: PyTree, batch_stats: PyTree, limit: int | None = None) -> dict[str, float]:
+        batches = _on_device(self._loader.evaluate(limit), self._mesh)
+        return self._evaluate(weights, batch_stats, batches)
+
+
+def _on_device(batches: Iterator[dict[str, np.ndarray]], on: Mesh) -> Any:
+    put = functools.partial(mesh.put_batch, sharding=mesh.batch_sharding(on))
+    return pipeline.prefetch_to_device(batches, put)
+
+
+def _preflight(
+    config: ml_collections.ConfigDict, state: train.TrainState, step_fn: Any, batches: Any, evaluation: Evaluation
+) -> tuple[Any, Any]:
+    """Reads, compiles and measures before the first step; gives the batches and the compiled step."""
+    started = time.perf_counter()
+    first = next(batches)
+    unreadable = int(jnp.sum(first["label"] == UNREADABLE))
+    _say(f"data: a batch of {config.batch_size} in {time.perf_counter() - started:.1f} s, {unreadable} of it unreadable")
+    started = time.perf_counter()
+    compiled = step_fn.lower(state, first).compile()
+    needed = preflight.memory_needed(compiled)
+    line = preflight.check_memory(needed, preflight.memory_there())
+    _say(f"memory: {line} (compiled in {time.perf_counter() - started:.0f} s)")
+    if config.pretrained:
+        accuracy = evaluation(state.params, state.batch_stats, _PREFLIGHT_IMAGES)
+        shown = f"top-1 {accuracy['top1']:.2%} on {accuracy['images']:.0f} validation images"
+        _say(f"weights: {config.pretrained} is complete; {shown}")
+    return itertools.chain([first], batches), compiled
+
+
+def _measure(
+    config: ml_collections.ConfigDict, setup: Setup, state: train.TrainState, schedule: optax.Schedule, evaluation: Evaluation
+) -> dict[str, Any]:
+    rate = float(schedule(int(state.step)))
+    weights: PyTree = state.params
+    row: dict[str, Any] = {}
+    if config.phase == "post_train":
+        row = {name: float(value) for name, value in monitor.cbp_metrics(state).items()}
+        row["lagrangian"] /= setup.steps_per_epoch
+        if config.method != "ste" and row["window"] >= config.lr_decay_window:
+            rate *= config.lr_decay
+        weights = jax.jit(cbp_jax.quantize)(state.params, state.opt_state)
+    accuracy = evaluation(weights, state.batch_stats)
+    row |= {"learning_rate": rate, "top1": accuracy["top1"], "top5": accuracy["top5"]}
+    if config.phase == "post_train":
+        row["violation"] = {layer: float(value) for layer, value in monitor.layer_violations(state).items()}
+    return row
+
+
+def _write_scalars(writer: SummaryWriter, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            for layer, violation in value.items():
+                writer.add_scalar(f"{name}/{layer}", violation, row["step"])
+        elif name not in ("epoch", "step"):
+            writer.add_scalar(name, value, row["step"])
+    writer.flush()
+
+
+def _summary(
+    experiment: str,
+    config: ml_collections.ConfigDict,
+    state: train.TrainState,
+    row: dict[str, Any],
+    before: float | None,
+    seconds: float,
+) -> report.Summary:
+    constrained = config.phase == "post_train"
+    float32 = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    packed = report.packed_bytes(state.params, state.opt_state)[0] if constrained else float32
+    return report.Summary(
+        experiment=experiment,
+        constraint=config.constraint if constrained else "full_precision",
+        seed=config.seed,
+        full_precision_top1=row["top1"] if before is None else before,
+        ste_top1=None,
+        top1=row["top1"],
+        top5=row["top5"],
+        cfs=row["cfs"] if constrained else 0.0,
+        cfs_relative=row["cfs_relative"] if constrained else 0.0,
+        bits_per_weight=cbp_jax.get_constraint(config.constraint).bits if constrained else 32,
+        bytes_packed=packed,
+        bytes_float32=float32,
+        seconds=seconds,
+    )
+
+
+def _draw(
+    folder: report.Workdir,
+    experiment: str,
+    config: ml_collections.ConfigDict,
+    after: dict[str, np.ndarray],
+    full_precision: float | None,
+) -> None:
+    if full_precision is None:
+        return
+    title = f"{experiment}, {config.constraint.replace('_', '-')} weights"
+    rows = folder.read_metrics()
+    if config.method == "ste":
+        figures.plot_training(folder.figures / "training.png", title, [], rows, full_precision)
+    else:
+        figures.plot_training(folder.figures / "training.png", title, rows, [], full_precision)
+    before = np.load(folder.path / "weights_before.npz")
+    levels = cbp_jax.get_constraint(config.constraint).levels
+    for layer, weights in after.items():
+        path = folder.figures / f"weights_{layer.replace('/', '_')}.png"
+        figures.plot_weights(path, f"{title}: {layer}", {"before": before[layer], "after": weights}, levels)
+
+
+def _go_on(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """The checkpoint has the weights, and the network is the one it was; what else changed is said."""
+    saved = networks.saved_config(workdir)
+    if "transform_input" in config:
+        config.transform_input = saved.get("transform_input")
+    now = json.loads(config.to_json_best_effort())
+    changed = [f"{name}: {saved[name]} -> {value}" for name, value in now.items() if name in saved and saved[name] != value]
+    if changed:
+        _say(f"going on with another config than the run began with: {', '.join(changed)}")
+    config.pretrained = ""
+
+
+def _check_notes(saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """The position in the data is the step, so they must be the same data in the same order."""
+    for name, value in asked.items():
+        if saved[name] != value:
+            raise ValueError(f"the run in this workdir has {name}={saved[name]}, not {value}: use that, or another workdir")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

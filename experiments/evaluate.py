@@ -1,0 +1,112 @@
+"""Top-1, top-5 and constraint-failure score of a run's newest checkpoint, or the accuracy of a PyTorch file.
+
+    python experiments/evaluate.py --workdir=runs/resnet50_binary
+    python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent
+    python experiments/evaluate.py --network=resnet50 --pretrained=resnet50.pth --data_dir=DIR
+
+A run says in its `config.json` what it is; `--data`, `--data_dir`, `--batch_size` and `--limit` may differ from it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from common import loop, networks, runner, settings
+from common.checkpoints import Checkpoints
+from common.loaders import Loader, open_data
+from ml_collections import config_dict
+
+import cbp_jax
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "The folder of a run.")
+_WEIGHTS = flags.DEFINE_enum("weights", "quantized", ("quantized", "latent"), "Which weights of a run to evaluate.")
+_NETWORK = flags.DEFINE_string("network", "", "The network of a PyTorch file: alexnet, resnet18, resnet50, googlenet, ...")
+_PRETRAINED = flags.DEFINE_string("pretrained", "", "A .pth or .safetensors file.")
+_DATA = flags.DEFINE_string("data", "", "tfds, folder or synthetic.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "The folder of the data.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images at a time.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
+
+
+def evaluate_run(
+    config: ml_collections.ConfigDict, workdir: Path, loader: Loader, latent: bool = False, limit: int | None = None
+) -> dict[str, float]:
+    """Accuracy and constraint-failure score of the newest checkpoint that can be read.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      loader: the data.
+      latent: evaluate the latent weights instead of the quantized ones, where a run has both.
+      limit: evaluate on so many images.
+
+    Returns:
+      "step", "top1", "top5", "images", "unreadable", and of a constrained run "cfs", "cfs_relative", "window".
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+    """
+    setup = runner.make_setup(config, loader.train_images)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    restored = loop.restore(checkpoints, runner.initial_state(setup, config.seed)[0])
+    checkpoints.close()
+    if restored is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}")
+    state = restored[0]
+    weights, scores = state.params, {"step": float(state.step)}
+    if config.phase == "post_train":
+        scores |= {
+            "cfs": float(cbp_jax.constraint_failure_score(state.params, state.opt_state)),
+            "cfs_relative": float(cbp_jax.constraint_failure_score(state.params, state.opt_state, relative=True)),
+            "window": float(cbp_jax.window(state.opt_state)),
+        }
+        if not latent:
+            weights = jax.jit(cbp_jax.quantize)(state.params, state.opt_state)
+    return scores | runner.Evaluation(setup, loader)(weights, state.batch_stats, limit)
+
+
+def evaluate_file(config: ml_collections.ConfigDict, loader: Loader, limit: int | None = None) -> dict[str, float]:
+    """Accuracy of `config.pretrained` in full precision: "top1", "top5", "images", "unreadable"."""
+    networks.settle_options(config)
+    setup = runner.make_setup(config, loader.train_images)
+    return runner.Evaluation(setup, loader)(setup.network.params, setup.network.batch_stats, limit)
+
+
+def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    if len(argv) > 1 or bool(_WORKDIR.value) == bool(_PRETRAINED.value) or bool(_PRETRAINED.value) != bool(_NETWORK.value):
+        raise app.UsageError("give --workdir=RUN, or --network=NAME and --pretrained=FILE")
+    workdir = Path(_WORKDIR.value)
+    config = settings.long_experiment(_NETWORK.value, "binary")
+    if _WORKDIR.value:
+        saved = networks.saved_config(workdir)
+        if not saved:
+            sys.exit(f"error: there is no config.json in {workdir}")
+        config.update({**saved, "pretrained": ""})
+    else:
+        config.phase, config.pretrained = "pretrain", _PRETRAINED.value
+        if _NETWORK.value == "googlenet":
+            config.auxiliary_heads, config.transform_input = False, config_dict.placeholder(bool)
+    changes: dict[str, Any] = {"data": _DATA.value, "data_dir": _DATA_DIR.value, "batch_size": _BATCH_SIZE.value}
+    config.update({name: value for name, value in changes.items() if value})
+    config.base_batch_size = config.batch_size
+    try:
+        loader = open_data(config)
+        if _WORKDIR.value:
+            scores = evaluate_run(config, workdir, loader, _WEIGHTS.value == "latent", _LIMIT.value or None)
+        else:
+            scores = evaluate_file(config, loader, _LIMIT.value or None)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']:.0f} images")
+    if scores["unreadable"]:
+        print(f"{scores['unreadable']:.0f} images could not be read and do not count")
+    if "cfs" in scores:
+        print(f"CFS {scores['cfs']:.2e}, CFS / scale {scores['cfs_relative']:.2e}, window {scores['window']:g}")
+
+
+if __name__ == "__main__":
+    app.run(main)
