@@ -9,7 +9,7 @@ The same command goes on where a stopped run was. Meant for an accelerator; how 
 """
 
 import ml_collections
-from common import runner, settings
+from common import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -28,6 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from common import runner  # not above: the processes that decode photos import this file too, and need no jax
+
     runner.main("cifar10_resnet20", config, workdir)
 
 

@@ -15,7 +15,7 @@ paper's, top-1 / top-5; this repository has not reproduced them: that takes Imag
 import sys
 
 import ml_collections
-from common import runner, settings
+from common import settings
 
 
 def binary() -> ml_collections.ConfigDict:
@@ -62,6 +62,8 @@ def _config(constraint: str, learning_rate: float) -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from common import runner  # not above: the processes that decode photos import this file too, and need no jax
+
     runner.main("imagenet_alexnet", config, workdir)
 
 

@@ -13,7 +13,7 @@ paper's, top-1 / top-5; this repository has not reproduced them: that takes Imag
 import sys
 
 import ml_collections
-from common import runner, settings
+from common import settings
 from ml_collections import config_dict
 
 
@@ -61,6 +61,8 @@ def _config(constraint: str) -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from common import runner  # not above: the processes that decode photos import this file too, and need no jax
+
     runner.main("imagenet_googlenet", config, workdir)
 
 

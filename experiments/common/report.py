@@ -49,7 +49,7 @@ class Workdir:
         self.figures = self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in self.read_metrics() if row["step"] <= step] if step else []
+        rows = [row for row in self.rows(self.path) if row["step"] <= step] if step else []
         for name in ("metrics.jsonl", "metrics_ste.jsonl", "summary.json", "table.md"):
             (self.path / name).unlink(missing_ok=True)
         for row in rows:
@@ -63,10 +63,11 @@ class Workdir:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(_finite(metrics)) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; a last one that was cut off by a crash is left out."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    @staticmethod
+    def rows(path: Path) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` in a folder; a last one that was cut off by a crash is left out."""
+        file = path / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def write_summary(self, summary: Summary) -> None:

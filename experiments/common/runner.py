@@ -16,7 +16,6 @@ import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
 
 import cbp_jax
 from common import figures, loop, mesh, monitor, networks, optimizers, pipeline, preflight, report, train
@@ -129,7 +128,7 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
             np.savez(folder.path / "weights_before.npz", **before)  # type: ignore[arg-type]
 
     schedule = optimizers.learning_rate(config, setup.steps_per_epoch)
-    writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1) if folder else None
+    writer = _summary_writer(folder, step) if folder else None
 
     def measure(state: train.TrainState) -> dict[str, Any]:
         return _measure(config, setup, state, schedule, evaluation)
@@ -227,7 +226,14 @@ def _measure(
     return row
 
 
-def _write_scalars(writer: SummaryWriter, row: dict[str, Any]) -> None:
+def _summary_writer(folder: report.Workdir, step: int) -> Any:
+    """TensorBoard's; what it has of later steps will come again."""
+    from tensorboardX import SummaryWriter  # slow to import where torch is installed
+
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+
+
+def _write_scalars(writer: Any, row: dict[str, Any]) -> None:
     for name, value in row.items():
         if isinstance(value, dict):
             for layer, violation in value.items():
@@ -275,7 +281,7 @@ def _draw(
     if full_precision is None:
         return
     title = f"{experiment}, {config.constraint.replace('_', '-')} weights"
-    rows = folder.read_metrics()
+    rows = folder.rows(folder.path)
     if config.method == "ste":
         figures.plot_training(folder.figures / "training.png", title, [], rows, full_precision)
     else:

@@ -112,7 +112,7 @@ class FolderSource:
         label = int(self._labels[index])
         name = os.path.join(self.classes[label], os.fsdecode(self._files[index]))
         with open(os.path.join(self._folder, name), "rb") as file:
-            return Example(file.read(), label, name)
+            return Example(file.read(), label, os.path.join(os.path.basename(self._folder), name))
 
 
 def _subfolders(folder: str) -> list[str]:

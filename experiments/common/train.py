@@ -157,7 +157,8 @@ def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> 
         model.eval()
         labels = batch["label"]
         # Nothing is drawn in evaluation: the key is there for the signature.
-        hits = jax.lax.top_k(model(preprocess(batch, jax.random.key(0))), 5)[1] == labels[:, None]  # negative labels never hit
+        logits = model(preprocess(batch, jax.random.key(0)))
+        hits = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]  # negative labels never hit
         sums = {"top1": hits[:, 0], "top5": hits.any(axis=1), "images": labels >= 0, "unreadable": labels == UNREADABLE}
         return {name: values.sum() for name, values in sums.items()}
 

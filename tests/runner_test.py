@@ -1,0 +1,313 @@
+"""A long run as a user starts it: what it writes, and that stopping it leaves no trace."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
+
+import evaluate
+import imagenet_resnet18
+from common import checkpoints, loop, models, networks, pretrained, report, runner
+from common.loaders import open_data
+
+ROOT = Path(__file__).parents[1]
+STEPS_PER_EPOCH, EPOCHS = 5, 3
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """40 photos to train on and 18 to evaluate on in four classes, as a folder tree; one of each cannot be read."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for label in range(4):
+            folder = root / split / f"n{label:02d}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{index}.JPEG")
+        (root / split / "n00" / "0.JPEG").write_bytes(b"no photo")
+    return root
+
+
+def make_config(photos, **changes):
+    config = imagenet_resnet18.binary()
+    config.update(
+        {
+            "network": "resnet20",
+            "data": "folder",
+            "data_dir": str(photos),
+            "num_classes": 4,
+            "image_size": 16,
+            "resize": 20,
+            "workers": 0,
+            "batch_size": 8,
+            "epochs": EPOCHS,
+            "patience": 1,
+            "dtype": "float32",
+            "checkpoint_steps": 2,
+            "keep_checkpoints": 10,
+            **changes,
+        }
+    )
+    return config
+
+
+def command(photos, workdir, **changes):
+    config, defaults = make_config(photos, **changes), imagenet_resnet18.binary()
+    flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
+    return [sys.executable, str(ROOT / "experiments" / "imagenet_resnet18.py"), f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device; what one process compiles the next ones read."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(photos, workdir, environment, **changes):
+    return subprocess.Popen(
+        command(photos, workdir, **changes), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return printed, errors
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, environment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return workdir, *finish(start(photos, workdir, environment))
+
+
+@pytest.fixture(scope="module")
+def interrupted(photos, environment, tmp_path_factory):
+    """Stopped by SIGTERM in the middle of its second epoch, while processes decode its photos; not gone on with yet."""
+    workdir = tmp_path_factory.mktemp("interrupted")
+    process = start(photos, workdir, environment, workers=1)
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / "6").is_dir():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    return workdir, *finish(process)
+
+
+def read_state(photos, workdir):
+    """The newest state in a workdir, by names."""
+    config = make_config(photos)
+    loader = open_data(config)
+    setup = runner.make_setup(config, loader.train_images)
+    state, _ = loop.restore(checkpoints.Checkpoints(workdir / "checkpoints"), runner.initial_state(setup, config.seed)[0])
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def assert_same_run(photos, workdir, other):
+    """Weights, statistics, multipliers, moments, keys and counters, bit for bit, and every figure but the speed."""
+    arrays, others = read_state(photos, workdir), read_state(photos, other)
+    assert arrays[".step"] == STEPS_PER_EPOCH * EPOCHS
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, others[name], err_msg=name)
+    rows, other_rows = (
+        [{name: value for name, value in row.items() if name != "images_per_second"} for row in report.Workdir.rows(folder)]
+        for folder in (workdir, other)
+    )
+    assert rows == other_rows
+
+
+def test_a_run_writes_its_workdir(uninterrupted):
+    workdir, printed, errors = uninterrupted
+    rows = report.Workdir.rows(workdir)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [5, 10, 15]
+    assert [row["window"] for row in rows] == [1, 2, 3]  # patience 1: an update an epoch
+    # One of the 40 photos cannot be read; an epoch has them all.
+    assert [row["unreadable"] for row in rows] == [1, 1, 1]
+    assert errors.count("train/n00/0.JPEG") == errors.count("val/n00/0.JPEG") == 1  # named once
+    layers, sizes = rows[-1]["violation"], sizes_of_resnet20()
+    assert layers.keys() == sizes.keys()
+    assert rows[-1]["cfs_relative"] == pytest.approx(
+        np.average(list(layers.values()), weights=[sizes[name] for name in layers]), rel=1e-4
+    )
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["experiment"], summary["constraint"], summary["bits_per_weight"]) == ("imagenet_resnet18", "binary", 1)
+    assert (summary["top1"], summary["cfs"]) == (rows[-1]["top1"], rows[-1]["cfs"])
+    assert summary["ste_top1"] is None
+    for name in ("training", "weights_layer1_0_conv1_kernel", "weights_layer3_2_conv2_kernel"):
+        assert (workdir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    for tag in (b"loss", b"top1", b"cfs_relative", b"violation/layer3/2/conv2/kernel"):
+        assert tag in events
+    assert "memory: the step needs" in printed
+    assert "top-1 of the weights it starts from" in printed
+    assert "100%" in errors
+    assert "img/s" in errors
+
+
+def sizes_of_resnet20():
+    """The weights of each constrained kernel, from the architecture."""
+    sizes = {}
+    for stage, (features_in, features) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+        for block in range(3):
+            first = features_in if block == 0 else features
+            sizes[f"layer{stage}/{block}/conv1/kernel"] = 9 * first * features
+            sizes[f"layer{stage}/{block}/conv2/kernel"] = 9 * features * features
+    return sizes
+
+
+def test_sigterm_saves_and_ends_cleanly(interrupted):
+    workdir, printed, errors = interrupted
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert 6 <= steps[-1] < STEPS_PER_EPOCH * EPOCHS
+    assert f"stopped at step {steps[-1]} of {STEPS_PER_EPOCH * EPOCHS}, saved" in printed
+    assert "Traceback" not in errors
+    assert not (workdir / "summary.json").exists()
+
+
+def test_a_stopped_run_goes_on_as_if_never_stopped(photos, uninterrupted, interrupted, environment, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(interrupted[0], workdir)
+    # As after a crash rather than a clean end: a line of metrics is cut off, and a later one will come again.
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "step": 15, "loss": 1.0}\n{"epoch": 4, "st')
+    printed, _ = finish(start(photos, workdir, environment))
+    assert "top-1 of the weights it starts from" not in printed  # it is known from the first part
+    assert_same_run(photos, workdir, uninterrupted[0])
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(photos, uninterrupted, interrupted, environment, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(interrupted[0], workdir)
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    _, errors = finish(start(photos, workdir, environment))
+    assert f"step {newest.name} in" in errors
+    assert "cannot be read" in errors
+    assert_same_run(photos, workdir, uninterrupted[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_size": 16}, ValueError, "batch_size=8, not 16"),
+        ({"seed": 1}, ValueError, "seed=0, not 1"),
+        ({"constraint": "ternary"}, checkpoints.AnotherTreeError, r"binary(.|\n)*ternary"),
+        ({"phase": "pretrain"}, checkpoints.AnotherTreeError, "another rest"),
+    ],
+)
+def test_a_run_is_not_continued_as_another(photos, interrupted, tmp_path, changes, error, message):
+    shutil.copytree(interrupted[0], tmp_path / "run")
+    with pytest.raises(error, match=message):
+        runner.run("x", make_config(photos, **changes), tmp_path / "run")
+
+
+def test_what_a_config_cannot_say(photos, tmp_path):
+    for changes, message in (
+        ({"phase": "train"}, "phase='train' is none of"),
+        ({"method": "magic"}, "method='magic' is none of"),
+        ({"data": "web"}, "data='web' is none of"),
+        ({"batch_size": 12}, "cannot be shared by 8 devices"),
+        ({"batch_size": 48}, "40 training images are fewer than batch_size=48"),
+        ({"network": "lenet"}, "lenet"),
+        ({"fsdp": 3}, "fsdp=3 does not divide"),
+        ({"num_classes": 1000}, "the data have 4 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.run("x", make_config(photos, **changes), tmp_path / "run")
+    with pytest.raises(SystemExit, match="error: "):
+        runner.main("x", make_config(tmp_path / "nothing"), str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        runner.run("x", make_config(photos, pretrained="no_such.pth"), tmp_path / "run")
+
+
+def test_evaluation_of_a_run_gives_its_summary(photos, uninterrupted, environment):
+    workdir = uninterrupted[0]
+    summary = json.loads((workdir / "summary.json").read_text())
+    config = make_config(photos)
+    loader = open_data(config)
+    scores = evaluate.evaluate_run(config, workdir, loader)
+    assert scores["cfs"] == pytest.approx(summary["cfs"], rel=1e-5)
+    assert (scores["step"], scores["images"], scores["unreadable"]) == (15, 15, 1)
+    assert scores["top1"] == pytest.approx(summary["top1"])
+    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), f"--workdir={workdir}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"top-1 {summary['top1']:.2%}" in done.stdout
+    assert "of 15 images" in done.stdout
+    assert f"CFS {summary['cfs']:.2e}" in done.stdout
+    assert "1 images could not be read" in done.stdout
+
+
+def test_latent_and_quantized_weights_are_evaluated_apart(photos, uninterrupted):
+    """With labels that the latent weights choose, they are right, and the quantized ones need not be."""
+    config = make_config(photos)
+    loader = open_data(config)
+    setup = runner.make_setup(config, loader.train_images)
+    reader = checkpoints.Checkpoints(uninterrupted[0] / "checkpoints")
+    state, _ = loop.restore(reader, runner.initial_state(setup, 0)[0])
+    model = nnx.merge(setup.network.graphdef, state.params, state.batch_stats)
+    model.eval()
+    batch = next(loader.evaluate(None))
+    batch["label"] = np.argmax(np.asarray(model(loader.eval_preprocess(batch, jax.random.key(0)))), axis=1).astype(np.int32)
+    chosen = loader._replace(evaluate=lambda limit: iter([batch]))
+    assert evaluate.evaluate_run(config, uninterrupted[0], chosen, latent=True)["top1"] == 1
+
+
+def test_weights_come_from_a_run_or_a_file(photos, uninterrupted, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
+    config = make_config(photos, pretrained=str(uninterrupted[0]))
+    of_run = networks.make_network(config)
+    saved = read_state(photos, uninterrupted[0])
+    assert np.array_equal(of_run.params["layer1"][0]["conv1"]["kernel"], saved[".params['layer1'][0]['conv1']['kernel']"])
+    model = models.create("resnet20", 4, rngs=nnx.Rngs(1))
+    names = pretrained.to_torch(model, of_run.params, of_run.batch_stats)
+    safetensors.save_file(names, tmp_path / "weights.safetensors")
+    config.pretrained = str(tmp_path / "weights.safetensors")
+    of_file = networks.make_network(config)
+    jax.tree.map(np.testing.assert_array_equal, of_file.params, of_run.params)
+    jax.tree.map(np.testing.assert_array_equal, of_file.batch_stats, of_run.batch_stats)
+    with pytest.raises(FileNotFoundError, match="not the workdir of a run"):
+        networks.make_network(make_config(photos, pretrained=str(tmp_path)))
+
+
+def test_transform_input_follows_the_weights(tmp_path):
+    config = ml_collections.ConfigDict({"network": "googlenet", "pretrained": "", "transform_input": None})
+    for origin, expected in (("", False), ("googlenet.pth", True), (str(tmp_path), False)):
+        copy = ml_collections.ConfigDict({**config.to_dict(), "pretrained": origin})
+        networks.settle_options(copy)
+        assert copy.transform_input is expected
+    (tmp_path / "config.json").write_text('{"transform_input": true}')
+    copy = ml_collections.ConfigDict({**config.to_dict(), "pretrained": str(tmp_path)})
+    networks.settle_options(copy)
+    assert copy.transform_input is True  # the run it continues from was built so
+    fixed = ml_collections.ConfigDict({**config.to_dict(), "pretrained": "googlenet.pth", "transform_input": False})
+    networks.settle_options(fixed)
+    assert fixed.transform_input is False  # as the user says
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(photos, tmp_path):
+    config = make_config(photos, phase="pretrain", pretrain_epochs=1, pretrain_learning_rate=1e30, warmup_epochs=0, preflight=False)
+    with pytest.raises(FloatingPointError, match="lower --config"):
+        runner.run("x", config, tmp_path)
