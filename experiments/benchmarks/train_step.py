@@ -1,0 +1,140 @@
+"""Images a second of a whole training step: plain SGD with momentum against CBP, in one run.
+
+    cd experiments && python -m benchmarks.train_step                      # ResNet-50, batch 256, bfloat16: for an accelerator
+    cd experiments && python -m benchmarks.train_step --network=resnet20 --num_classes=10 --image_size=32 --batch_size=64 \\
+        --dtype=float32 --steps=3
+
+The batch is on the device; the candidates take turns, so that other load meets them all, and the medians count. Writes
+`results/train_step_NETWORK.json` and `.md`.
+"""
+
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from common import images, models, optimizers, preflight, settings, train
+from common.report import format_table
+from flax import nnx
+
+import cbp_jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PLAIN = "plain"
+METHODS = (PLAIN, "binary", "ternary", "one_bit_shift", "two_bit_shift")
+
+_NETWORK = flags.DEFINE_string("network", "resnet50", "A network of common.models.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images a step.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels each way.")
+_NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Logits.")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of the activations.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps timed together.")
+_REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Turns of each candidate.")
+
+
+class Candidate:
+    """A compiled step with a state of its own."""
+
+    def __init__(self, method: str, batch: Mapping[str, jax.Array]):
+        config = settings.long_experiment(_NETWORK.value, "binary" if method == PLAIN else method)
+        config.phase = "pretrain" if method == PLAIN else "post_train"
+        dtype = jnp.dtype(_DTYPE.value)
+        model = models.create(_NETWORK.value, _NUM_CLASSES.value, dtype=dtype, rngs=nnx.Rngs(0))
+        graphdef, params, batch_stats = train.split_model(model)
+        if method == PLAIN:
+            optimizer, weights_fn = optimizers.pretraining(config, 1000), train.latent
+        else:
+            optimizer, weights_fn = optimizers.post_training(config, 1000, model.constrained), cbp_jax.quantize
+
+        def preprocess(batch: train.Batch, key: jax.Array) -> jax.Array:
+            del key
+            return images.preprocess(batch, dtype)
+
+        self._state = train.init_state(params, batch_stats, optimizer)
+        step: Any = train.make_train_step(graphdef, optimizer, weights_fn, preprocess)
+        self._step = step.lower(self._state, batch).compile()
+        self.bytes = preflight.memory_needed(self._step)
+        self._batch = batch
+        self.seconds(2)  # the first step has the epoch's start in it, and warms up the device
+
+    def seconds(self, steps: int) -> float:
+        """Wall time of so many steps."""
+        jax.block_until_ready(self._state)
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._state, _ = self._step(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        return time.perf_counter() - started
+
+
+def measure() -> dict[str, Any]:
+    """Median images a second of each method, its time over plain training's, and the memory of its step."""
+    size, count = _IMAGE_SIZE.value, _BATCH_SIZE.value
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (count, size, size, 3), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, _NUM_CLASSES.value, count, np.int32)),
+        "jitter": jnp.asarray(rng.uniform(0.8, 1.2, (count, 3)).astype(np.float32)),
+    }
+    candidates = {method: Candidate(method, batch) for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(_REPETITIONS.value):
+        for method, candidate in candidates.items():
+            seconds[method].append(candidate.seconds(_STEPS.value))
+    # A turn's own plain steps are the measure of the others in it: load that comes and goes then cancels.
+    over_plain = {
+        method: statistics.median(a / b for a, b in zip(times, seconds[PLAIN], strict=True)) for method, times in seconds.items()
+    }
+    return {
+        "network": _NETWORK.value,
+        "batch_size": count,
+        "image_size": size,
+        "dtype": _DTYPE.value,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "steps": _STEPS.value,
+        "repetitions": _REPETITIONS.value,
+        "images_per_second": {method: count * _STEPS.value / statistics.median(times) for method, times in seconds.items()},
+        "time_over_plain": over_plain,
+        "gib": {method: candidate.bytes / 2**30 for method, candidate in candidates.items()},
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page."""
+    rows = [
+        (method, f"{rate:.1f}", f"{results['time_over_plain'][method]:.3f}", f"{results['gib'][method]:.2f}")
+        for method, rate in results["images_per_second"].items()
+    ]
+    table = format_table(("step", "images/s", "time over plain", "GiB"), rows)
+    return (
+        f"# Training step of {results['network']}\n"
+        f"Batch {results['batch_size']} of {results['image_size']} x {results['image_size']} pixels, {results['dtype']}, on "
+        f"{results['device']}, jax {results['jax']}; medians of {results['repetitions']} turns of {results['steps']} steps. "
+        "`plain` is SGD with momentum and weight decay in full precision. Memory is what the compiled step needs at its peak. By "
+        "`experiments/benchmarks/train_step.py`.\n\n"
+        f"{table}\n"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    results = measure()
+    RESULTS.mkdir(exist_ok=True)
+    name = f"train_step_{_NETWORK.value}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (RESULTS / f"{name}.md").write_text(as_markdown(results))
+    print(as_markdown(results))
+
+
+if __name__ == "__main__":
+    app.run(main)
