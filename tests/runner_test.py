@@ -21,7 +21,7 @@ pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".
 
 import evaluate
 import imagenet_resnet18
-from common import checkpoints, loop, models, networks, pretrained, report, runner
+from common import checkpoints, loop, models, networks, pretrained, report, runner, train
 from common.loaders import open_data
 
 ROOT = Path(__file__).parents[1]
@@ -293,6 +293,34 @@ def test_weights_come_from_a_run_or_a_file(photos, uninterrupted, tmp_path):
         networks.make_network(make_config(photos, pretrained=str(tmp_path)))
 
 
+def test_evaluation_of_a_file(photos, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
+    model = models.create("resnet20", 4, rngs=nnx.Rngs(3))
+    _, params, batch_stats = train.split_model(model)
+    safetensors.save_file(pretrained.to_torch(model, params, batch_stats), tmp_path / "weights.safetensors")
+    config = make_config(photos, phase="pretrain", pretrained=str(tmp_path / "weights.safetensors"))
+    loader = open_data(config)
+    hits = images = 0
+    model.eval()
+    for batch in loader.evaluate(None):
+        logits = np.asarray(model(loader.eval_preprocess(batch, jax.random.key(0))))
+        hits += int((logits.argmax(axis=1) == batch["label"]).sum())
+        images += int((batch["label"] >= 0).sum())
+    scores = evaluate.evaluate_file(config, loader)
+    assert scores == {"top1": pytest.approx(hits / images), "top5": 1, "images": 15, "unreadable": 1}
+
+
+def test_synthetic_data_need_no_disk(tmp_path):
+    config = make_config(tmp_path / "nothing", data="synthetic", num_classes=1000)
+    loader = open_data(config)
+    batch = next(loader.train(3))
+    assert {name: array.shape for name, array in batch.items()} == {"image": (8, 16, 16, 3), "label": (8,), "jitter": (8, 3)}
+    images = loader.train_preprocess(batch, jax.random.key(0))
+    assert (images.shape, images.dtype) == ((8, 16, 16, 3), np.float32)
+    assert sum(len(batch["label"]) for batch in loader.evaluate(None)) == loader.eval_images
+    assert sum(len(batch["label"]) for batch in loader.evaluate(40)) == 40
+
+
 def test_transform_input_follows_the_weights(tmp_path):
     config = ml_collections.ConfigDict({"network": "googlenet", "pretrained": "", "transform_input": None})
     for origin, expected in (("", False), ("googlenet.pth", True), (str(tmp_path), False)):
@@ -310,8 +338,9 @@ def test_transform_input_follows_the_weights(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(photos, tmp_path):
     config = make_config(photos, phase="pretrain", pretrain_epochs=1, pretrain_learning_rate=1e30, warmup_epochs=0, preflight=False)
-    with pytest.raises(FloatingPointError, match="lower --config"):
+    with pytest.raises(FloatingPointError, match="Lower --config"):
         runner.run("x", config, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())  # none with such weights
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     # From the state after an epoch's last step, what `metrics.jsonl` says of it beyond the loop's own figures.
     measure: Callable[[TrainState], dict[str, Any]]
     on_epoch: Callable[[dict[str, Any]], None]
+    notes: Callable[[], dict[str, Any]]  # what is saved along with the state, as JSON
 
 
 class StopRequest:
@@ -59,7 +60,6 @@ def run(
     step_fn: TrainStep,
     batches: Iterator[Batch],
     checkpoints: Checkpoints,
-    run_notes: Mapping[str, Any],
 ) -> tuple[TrainState, bool]:
     """Trains from the state's step to the last one.
 
@@ -69,13 +69,12 @@ def run(
       step_fn: of `train.make_train_step`.
       batches: from the state's step on.
       checkpoints: where the state is saved.
-      run_notes: saved along, as JSON.
 
     Returns:
       The state, and whether the last step was reached; if not, the run was asked to stop, and the state is saved.
 
     Raises:
-      FloatingPointError: if the loss of an epoch is not finite; the checkpoints before it stay.
+      FloatingPointError: if the loss was not finite since the last checkpoint; the checkpoints stay as they are.
     """
     stop, start = StopRequest(), int(state.step)
     meter = _Meter(plan, start)
@@ -94,22 +93,18 @@ def run(
         if at_end:
             state = _end_epoch(plan, state, step, meter)
         if at_end or (plan.checkpoint_steps and step % plan.checkpoint_steps == 0):
-            _save(checkpoints, step, state, run_notes)
+            _save(plan, checkpoints, step, state)
     meter.close()
     finished = step >= plan.total_steps
     if not finished:
-        _save(checkpoints, step, state, run_notes)
+        _save(plan, checkpoints, step, state)
     return state, finished
 
 
 def _end_epoch(plan: Plan, state: TrainState, step: int, meter: "_Meter") -> TrainState:
+    _check_finite(state, step)
     sums = jax.device_get(state.sums)
     loss = float(sums.loss) / max(int(sums.steps), 1)
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of the epoch that ended at step {step} is {loss}: the last checkpoint is from before; "
-            "lower --config.learning_rate, or use --config.dtype=float32"
-        )
     rate = meter.images_per_second()
     row = {"epoch": step // plan.steps_per_epoch, "step": step, "loss": loss}
     row |= plan.measure(state)
@@ -120,10 +115,21 @@ def _end_epoch(plan: Plan, state: TrainState, step: int, meter: "_Meter") -> Tra
     return state._replace(sums=fresh)
 
 
-def _save(checkpoints: Checkpoints, step: int, state: TrainState, run_notes: Mapping[str, Any]) -> None:
+def _check_finite(state: TrainState, step: int) -> None:
+    """What is not finite once stays so in the sum, and must not push the sound checkpoints out."""
+    loss = float(state.sums.loss)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} before step {step}; the checkpoints are from before that. Lower --config.learning_rate or "
+            "--config.pretrain_learning_rate, or use --config.dtype=float32"
+        )
+
+
+def _save(plan: Plan, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+    _check_finite(state, step)
     weights = {"params": state.params, "batch_stats": state.batch_stats}
     rest = {"step": state.step, "opt_state": state.opt_state, "key": state.key, "sums": state.sums}
-    checkpoints.save(step, {"weights": weights, "rest": rest}, run_notes)
+    checkpoints.save(step, {"weights": weights, "rest": rest}, plan.notes())
 
 
 def restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

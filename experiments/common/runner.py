@@ -133,6 +133,9 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
     def measure(state: train.TrainState) -> dict[str, Any]:
         return _measure(config, setup, state, schedule, evaluation)
 
+    def seconds() -> float:
+        return notes.get("seconds", 0.0) + time.perf_counter() - started
+
     last: dict[str, Any] = {}
 
     def on_epoch(row: dict[str, Any]) -> None:
@@ -149,9 +152,10 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
         checkpoint_steps=config.checkpoint_steps,
         measure=measure,
         on_epoch=on_epoch,
+        notes=lambda: {**notes, "seconds": seconds()},
     )
     try:
-        state, finished = loop.run(plan, state, step_fn, stream, checkpoints, notes)
+        state, finished = loop.run(plan, state, step_fn, stream, checkpoints)
     finally:
         batches.close()
         checkpoints.close()
@@ -161,12 +165,14 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
         _say(f"stopped at step {int(state.step)} of {total_steps}, saved; the same command goes on from there")
         return None
     before_top1 = notes.get("full_precision_top1")
-    summary = _summary(experiment, config, state, last or measure(state), before_top1, time.perf_counter() - started)
+    summary = _summary(experiment, config, state, last or measure(state), before_top1, seconds())
     snapshots = monitor.relative_weights(state) if config.phase == "post_train" else {}
     if folder:
         folder.write_summary(summary)
         _draw(folder, experiment, config, snapshots, before_top1)
-        _say(f"\n{report.results_table([summary])}\n\nwritten to {folder.path}")
+        if config.phase == "post_train":
+            _say(f"\n{report.results_table([summary])}")
+        _say(f"\ntop-1 {summary.top1:.2%}, top-5 {summary.top5:.2%}; written to {folder.path}")
     return summary
 
 
