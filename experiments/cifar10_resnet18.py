@@ -21,10 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common import runner  # not above: the processes that decode photos import this file too, and need no jax
+    from common import runner  # slow to import
 
     runner.main("cifar10_resnet18", config, workdir)
 
 
 if __name__ == "__main__":
-    settings.run_main(get_config(), "runs/cifar10_resnet18", main)
+    settings.run_main(get_config(), "", main)

@@ -4,8 +4,8 @@
     python experiments/cifar10_resnet20.py --config.pretrained=runs/resnet20 --config.constraint=binary \\
         --workdir=runs/resnet20_binary
 
-The same command goes on where a stopped run was. Meant for an accelerator; how it was shortened for a CPU is in
-`experiments/results/cifar10_resnet20/README.md`.
+The same command goes on where a stopped run was. Meant for an accelerator; how it was shortened for a CPU is said in
+`experiments/update_readme.py`.
 """
 
 import ml_collections
@@ -28,10 +28,10 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common import runner  # not above: the processes that decode photos import this file too, and need no jax
+    from common import runner  # slow to import
 
     runner.main("cifar10_resnet20", config, workdir)
 
 
 if __name__ == "__main__":
-    settings.run_main(get_config(), "runs/cifar10_resnet20", main)
+    settings.run_main(get_config(), "", main)

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 from common import loop, networks, runner, settings
-from common.checkpoints import Checkpoints
+from common.checkpoints import AnotherTreeError, Checkpoints
 from common.loaders import Loader, open_data
 from ml_collections import config_dict
 
@@ -92,14 +92,14 @@ def main(argv: list[str]) -> None:
             config.auxiliary_heads, config.transform_input = False, config_dict.placeholder(bool)
     changes: dict[str, Any] = {"data": _DATA.value, "data_dir": _DATA_DIR.value, "batch_size": _BATCH_SIZE.value}
     config.update({name: value for name, value in changes.items() if value})
-    config.base_batch_size = config.batch_size
+    config.fsdp, config.steps_per_epoch = 1, 1  # whatever devices it was trained on
     try:
         loader = open_data(config)
         if _WORKDIR.value:
             scores = evaluate_run(config, workdir, loader, _WEIGHTS.value == "latent", _LIMIT.value or None)
         else:
             scores = evaluate_file(config, loader, _LIMIT.value or None)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ImportError, AnotherTreeError) as error:
         sys.exit(f"error: {error}")
     print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']:.0f} images")
     if scores["unreadable"]:

@@ -68,4 +68,4 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    settings.run_main(settings.choose(CONFIGS, sys.argv), "runs/imagenet_alexnet", main)
+    settings.run_main(settings.choose(CONFIGS, sys.argv), "", main)

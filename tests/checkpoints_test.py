@@ -90,8 +90,17 @@ def test_a_damaged_checkpoint_is_passed_over(three, damage):
         step, trees, notes = reader.restore_newest({"tree": make_tree()})
     assert (step, notes) == (2, {"step": 2})
     assert_equal(trees["tree"], make_tree(value=2))
-    assert (three / "damaged_3").is_dir()
-    # The run goes on, and saves this step again.
+    assert (three / "3").is_dir()  # reading moves nothing
+
+
+def test_a_run_puts_damaged_checkpoints_aside_and_saves_their_steps_again(three):
+    (three / "damaged_3").mkdir()  # it is not the first time
+    cut_off(three / "3")
+    reader = checkpoints.Checkpoints(three)
+    with pytest.warns(UserWarning, match="step 3 in .* cannot be read"):
+        step, _, _ = reader.restore_newest({"tree": make_tree()}, put_aside=True)
+    assert step == 2
+    assert (three / "damaged_3_2").is_dir()
     reader.save(3, {"tree": make_tree(value=30)}, {"step": 30})
     reader.close()
     step, trees, notes = checkpoints.Checkpoints(three).restore_newest({"tree": make_tree()})
@@ -135,6 +144,18 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
         np.testing.assert_array_equal(trees["tree"]["w"], np.full((2000, 1000), 3.0 * step))
         empty(tmp_path / str(step))
         (tmp_path / str(step)).rename(tmp_path / f"gone_{step}")
+
+
+def test_arrays_of_many_devices_are_read_as_numpy(tmp_path):
+    """As a machine with other devices must."""
+    params = {"kernel": jnp.linspace(-1, 1, 2**17).reshape(512, 256)}
+    state = mesh.put_state(params, mesh.state_shardings(mesh.make_mesh(8), params, params))
+    writer = checkpoints.Checkpoints(tmp_path)
+    writer.save(1, {"tree": state}, {})
+    writer.close()
+    _, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest({"tree": {"kernel": np.empty((512, 256), np.float32)}})
+    assert isinstance(trees["tree"]["kernel"], np.ndarray)
+    assert_equal(trees["tree"], params)
 
 
 def test_shardings_may_change_between_save_and_restore(tmp_path):

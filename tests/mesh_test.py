@@ -169,9 +169,10 @@ def test_shardings_follow_the_parameters():
     assert specs == {"trace": {"big": P(None, "fsdp"), "odd": P(), "small": P()}, "count": P(), "other": {"big": P()}}
 
 
-def lowered(network, constraint):
-    """The training step of a paper's config, exported for TPU and GPU from shapes alone."""
+def lowered(network, constraint, fsdp=None, **changes):
+    """The training step of a paper's config, exported for TPU and GPU from shapes alone; for eight devices if `fsdp` is given."""
     config = CONFIGS[network][constraint]()
+    config.update(changes)
     options = {"auxiliary_heads": True} if network == "googlenet" else {}
 
     def create():
@@ -179,9 +180,17 @@ def lowered(network, constraint):
 
     model = nnx.eval_shape(create)
     graphdef, params, batch_stats = train.split_model(model)
-    optimizer = optimizers.post_training(config, 5000, model.constrained)
+    if config.phase == "pretrain":
+        optimizer, weights_fn = optimizers.pretraining(config, 5000), train.latent
+    else:
+        optimizer, weights_fn = optimizers.post_training(config, 5000, model.constrained), cbp_jax.quantize
     state = jax.eval_shape(lambda p, b: train.init_state(p, b, optimizer), params, batch_stats)
-    step = train.make_train_step(graphdef, optimizer, cbp_jax.quantize, lambda batch, key: images.preprocess(batch, jnp.bfloat16))
+    shardings = None if fsdp is None else mesh.state_shardings(mesh.make_mesh(fsdp), state, params)
+
+    def preprocess(batch, key):
+        return images.preprocess(batch, jnp.bfloat16)
+
+    step = train.make_train_step(graphdef, optimizer, weights_fn, preprocess, shardings)
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, 224, 224, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
@@ -190,13 +199,23 @@ def lowered(network, constraint):
     return jax.export.export(step, platforms=["tpu", "cuda"])(state, batch), state
 
 
-@pytest.mark.parametrize("constraint", ["binary", "ternary", "one_bit_shift", "two_bit_shift"])
-@pytest.mark.parametrize("network", CONFIGS)
-def test_the_step_lowers_for_tpu_and_gpu(network, constraint):
-    exported, state = lowered(network, constraint)
+def check_lowered(exported, state):
     assert exported.platforms == ("tpu", "cuda")
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)[0]
     assert all(jax.tree.leaves(jax.tree.map(lambda out, like: (out.shape, out.dtype) == (like.shape, like.dtype), outputs, state)))
     text = exported.mlir_module()
     assert "bf16" in text  # convolutions are computed in bfloat16
     assert "f64" not in text
+
+
+@pytest.mark.parametrize("constraint", ["binary", "ternary", "one_bit_shift", "two_bit_shift"])
+@pytest.mark.parametrize("network", CONFIGS)
+def test_the_step_lowers_for_tpu_and_gpu(network, constraint):
+    check_lowered(*lowered(network, constraint))
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "ste"}, {"method": "no_window"}, {"phase": "pretrain"}])
+def test_the_step_of_eight_devices_lowers_for_tpu_and_gpu(changes):
+    exported, state = lowered("resnet18", "ternary", fsdp=4, **changes)
+    check_lowered(exported, state)
+    assert exported.nr_devices == 8

@@ -197,6 +197,43 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(photos, uninterrupted, interr
     assert_same_run(photos, workdir, uninterrupted[0])
 
 
+def test_a_run_killed_before_it_measured_an_epoch(photos, uninterrupted, environment, tmp_path):
+    """The checkpoint at an epoch's end is from before its measurement: no time is left for that when a machine is taken away."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        if int(folder.name) > 2 * STEPS_PER_EPOCH:
+            shutil.rmtree(folder)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text(lines[0])
+    finish(start(photos, workdir, environment))
+    assert_same_run(photos, workdir, uninterrupted[0])
+
+
+def test_a_finished_run_may_be_started_again(photos, uninterrupted, environment, tmp_path):
+    """It measures its last epoch again, and that is all."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    (workdir / "summary.json").unlink()
+    printed, _ = finish(start(photos, workdir, environment))
+    assert "step 15 of 15" in printed
+    assert_same_run(photos, workdir, uninterrupted[0])
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (uninterrupted[0], workdir))
+    before.pop("seconds")
+    after.pop("seconds")
+    assert before == after
+
+
+def test_a_run_of_eight_devices_is_read_by_one(photos, environment, tmp_path):
+    summary = runner.run("x", make_config(photos, epochs=1), tmp_path)
+    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), f"--workdir={tmp_path}", "--batch_size=3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"top-1 {summary.top1:.2%}" in done.stdout
+    printed, _ = finish(start(photos, tmp_path / "next", environment, epochs=1, pretrained=str(tmp_path)))
+    assert f"{tmp_path} is complete" in printed
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(photos, uninterrupted, interrupted, environment, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(interrupted[0], workdir)
@@ -214,6 +251,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(photos, uninterr
     [
         ({"batch_size": 16}, ValueError, "batch_size=8, not 16"),
         ({"seed": 1}, ValueError, "seed=0, not 1"),
+        ({"method": "no_window"}, ValueError, "method=cbp, not no_window"),
+        ({"steps_per_epoch": 4}, ValueError, "steps_per_epoch=5, not 4"),
         ({"constraint": "ternary"}, checkpoints.AnotherTreeError, r"binary(.|\n)*ternary"),
         ({"phase": "pretrain"}, checkpoints.AnotherTreeError, "another rest"),
     ],
@@ -233,6 +272,7 @@ def test_what_a_config_cannot_say(photos, tmp_path):
         ({"batch_size": 48}, "40 training images are fewer than batch_size=48"),
         ({"network": "lenet"}, "lenet"),
         ({"fsdp": 3}, "fsdp=3 does not divide"),
+        ({"epochs": 0}, "epochs=0"),
         ({"num_classes": 1000}, "the data have 4 classes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -374,21 +414,40 @@ def test_imagenet_resnet18_is_killed_goes_on_and_is_evaluated(environment, tmp_p
 
 
 @pytest.mark.slow
-def test_two_hosts_stop_together_and_go_on(photos, environment, tmp_path):
-    """SIGTERM to one of two processes; both save the same step, and a second pair finishes the run."""
+@pytest.mark.parametrize("fsdp", [2, 4])
+def test_two_hosts_stop_together_and_go_on(photos, environment, tmp_path, fsdp):
+    """SIGTERM to one of two processes; both save the same step, and a second pair finishes the run.
+
+    All kernels are split over two devices of a host, or over all four of both.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    changes = {"epochs": 30, "fsdp": 2, "distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2}
+    changes = {"epochs": 30, "fsdp": fsdp, "distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2}
 
     def start_pair(epochs):
-        settings = {**changes, "epochs": epochs}
-        return [start(photos, tmp_path / "run", environment, process_id=index, **settings) for index in (0, 1)]
+        code = (
+            "import runpy, sys\n"
+            "sys.argv = sys.argv[1:]\n"
+            f"sys.path.insert(0, {str(ROOT / 'experiments')!r})\n"
+            "from common import mesh\n"
+            "mesh._MIN_SHARDED = 1\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        commands = [command(photos, tmp_path / "run", **{**changes, "epochs": epochs, "process_id": index}) for index in (0, 1)]
+        return [
+            subprocess.Popen(
+                [python, "-c", code, *rest], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for python, *rest in commands
+        ]
 
     first, second = start_pair(30)
+    deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "checkpoints" / "4").is_dir():
         assert first.poll() is None, first.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     second.send_signal(signal.SIGTERM)
     printed, _ = finish(first)

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a training state, which remember what the state was and tell when they are damaged."""
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 PyTree = Any
 
@@ -55,13 +57,17 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=_save_args(trees, run))
 
-    def restore_newest(self, like: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+    def restore_newest(
+        self, like: Mapping[str, PyTree], put_aside: bool = False
+    ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """The newest checkpoint that can be read: its step, its trees and `run`. None if there is none at all.
 
-        A damaged one is passed over with a warning, and put aside under the name `damaged_<step>` once an older one was read.
+        A damaged one is passed over with a warning. Several hosts agree on which one they take.
 
         Args:
-          like: by name, trees of the structures, shapes, dtypes and shardings to read; other trees of the checkpoint are left.
+          like: by name, trees of the structures, shapes, dtypes and shardings to read, or of numpy arrays to read as such; other
+            trees of the checkpoint are left.
+          put_aside: once an older one was read, rename damaged ones to `damaged_<step>`, so that their steps can be saved again.
 
         Raises:
           AnotherTreeError: if the newest readable checkpoint holds another tree than `like`.
@@ -83,7 +89,8 @@ class Checkpoints:
                 )
                 damaged.append(step)
             else:
-                self._put_aside(damaged)
+                if put_aside and damaged:
+                    self._put_aside(damaged)
                 return step, trees, run
         if steps:
             raise ValueError(
@@ -95,14 +102,12 @@ class Checkpoints:
         return self._manager.restore(step, args=args)
 
     def _put_aside(self, steps: list[int]) -> None:
-        if not steps:
-            return
         if jax.process_index() == 0:
             for step in steps:
-                (self._folder / str(step)).rename(self._folder / f"damaged_{step}")
+                names = itertools.chain([f"damaged_{step}"], (f"damaged_{step}_{count}" for count in itertools.count(2)))
+                free = next(name for name in names if not (self._folder / name).exists())
+                (self._folder / str(step)).rename(self._folder / free)
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             multihost_utils.sync_global_devices("damaged checkpoint")
         self._manager.reload()
 
@@ -128,14 +133,22 @@ def _save_args(trees: Mapping[str, PyTree], run: Mapping[str, Any]) -> ocp.args.
 def _restore(
     path: Path, read: Callable[[ocp.args.Composite], Any], like: Mapping[str, PyTree]
 ) -> tuple[dict[str, PyTree], dict[str, Any]]:
-    about = read(ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    for name, tree in like.items():
-        saved, asked = about["trees"].get(name, {}).get("structure"), _structure(tree)
-        if saved != asked:
-            raise AnotherTreeError(f"{path} holds another {name} than asked for:\n{_difference(saved or 'none', asked)}")
-    items = {name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)) for name, tree in like.items()}
-    read_trees = read(ocp.args.Composite(**items))
-    trees = {name: read_trees[name] for name in like}
+    failure: Exception | None = None
+    try:
+        about = read(ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        for name, tree in like.items():
+            saved, asked = about["trees"].get(name, {}).get("structure"), _structure(tree)
+            if saved != asked:
+                raise AnotherTreeError(f"{path} holds another {name} than asked for:\n{_difference(saved or 'none', asked)}")
+        items = {name: ocp.args.StandardRestore(jax.tree.map(_template, tree)) for name, tree in like.items()}
+        restored = read(ocp.args.Composite(**items))
+        trees = {name: restored[name] for name in like}
+    except AnotherTreeError:  # on all hosts alike
+        raise
+    except Exception as error:
+        failure = error
+    if not _all_hosts(failure is None):  # before the sums over devices, in which all hosts must take part
+        raise failure or OSError("another host cannot read it")
     for name, tree in trees.items():
         paths = [jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
         sums = zip(paths, about["trees"][name]["sums"], _sums(tree), strict=True)
@@ -143,6 +156,15 @@ def _restore(
         if changed:
             raise ValueError(f"{path} is damaged: the bytes of {', '.join(changed)} are not those that were saved")
     return trees, about["run"]
+
+
+def _template(leaf: Any) -> Any:
+    """What Orbax is to restore: numpy as it is, arrays with the sharding they have here."""
+    return leaf if isinstance(leaf, np.ndarray) else ocp.utils.to_shape_dtype_struct(leaf)
+
+
+def _all_hosts(succeeded: bool) -> bool:
+    return bool(np.all(multihost_utils.process_allgather(np.array(succeeded)))) if jax.process_count() > 1 else succeeded
 
 
 def _structure(tree: PyTree) -> str:

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from common import train
+from common import monitor, train
 from common.checkpoints import Checkpoints
 from common.train import Batch, TrainState, TrainStep
 
@@ -38,8 +38,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
-        if jax.process_count() == 1:  # with several, JAX listens for the signal itself
-            signal.signal(signal.SIGTERM, self._ask)
+        # With several hosts JAX listens for the signal itself.
+        self._before = signal.signal(signal.SIGTERM, self._ask) if jax.process_count() == 1 else None
+
+    def close(self) -> None:
+        """SIGTERM does again what it did before."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, number: int, frame: Any) -> None:
         del number, frame
@@ -76,37 +81,40 @@ def run(
     Raises:
       FloatingPointError: if the loss was not finite since the last checkpoint; the checkpoints stay as they are.
     """
-    stop, start = StopRequest(), int(state.step)
-    meter = _Meter(plan, start)
-    step = start
-    while step < plan.total_steps and not stop.after(step):
-        try:
-            batch = next(batches)
-        except Exception:
-            if stop.asked:  # whoever ended this process may have ended its workers too
-                break
-            raise
-        state, loss = step_fn(state, batch)
-        step += 1
-        meter.step(loss)
-        at_end = step % plan.steps_per_epoch == 0
-        if at_end:
+    stop, step = StopRequest(), int(state.step)
+    meter = _Meter(plan, step)
+    try:
+        if int(state.sums.steps) and step % plan.steps_per_epoch == 0:  # stopped between an epoch's last step and its measurement
             state = _end_epoch(plan, state, step, meter)
-        if at_end or (plan.checkpoint_steps and step % plan.checkpoint_steps == 0):
+        while step < plan.total_steps and not stop.after(step):
+            try:
+                batch = next(batches)
+            except Exception:
+                if stop.asked:  # whoever ended this process may have ended its workers too
+                    break
+                raise
+            state, loss = step_fn(state, batch)
+            step += 1
+            meter.step(loss)
+            at_end = step % plan.steps_per_epoch == 0
+            if at_end or (plan.checkpoint_steps and step % plan.checkpoint_steps == 0):
+                _save(plan, checkpoints, step, state)
+            if at_end:  # after the checkpoint is under way: there may be no time for it later
+                state = _end_epoch(plan, state, step, meter)
+        finished = step >= plan.total_steps
+        if not finished:
             _save(plan, checkpoints, step, state)
-    meter.close()
-    finished = step >= plan.total_steps
-    if not finished:
-        _save(plan, checkpoints, step, state)
-    return state, finished
+        return state, finished
+    finally:
+        meter.close()
+        stop.close()
 
 
 def _end_epoch(plan: Plan, state: TrainState, step: int, meter: "_Meter") -> TrainState:
-    _check_finite(state, step)
+    """Measures, and starts the sums of the next epoch."""
     sums = jax.device_get(state.sums)
-    loss = float(sums.loss) / max(int(sums.steps), 1)
     rate = meter.images_per_second()
-    row = {"epoch": step // plan.steps_per_epoch, "step": step, "loss": loss}
+    row = {"epoch": step // plan.steps_per_epoch, "step": step, "loss": float(sums.loss) / int(sums.steps)}
     row |= plan.measure(state)
     row |= {"images_per_second": rate, "unreadable": int(sums.unreadable)}
     plan.on_epoch(row)
@@ -116,12 +124,11 @@ def _end_epoch(plan: Plan, state: TrainState, step: int, meter: "_Meter") -> Tra
 
 
 def _check_finite(state: TrainState, step: int) -> None:
-    """What is not finite once stays so in the sum, and must not push the sound checkpoints out."""
-    loss = float(state.sums.loss)
-    if not math.isfinite(loss):
+    """What is not finite must not push the sound checkpoints out."""
+    if not (math.isfinite(float(state.sums.loss)) and bool(monitor.all_finite(state.params))):
         raise FloatingPointError(
-            f"the loss is {loss} before step {step}; the checkpoints are from before that. Lower --config.learning_rate or "
-            "--config.pretrain_learning_rate, or use --config.dtype=float32"
+            f"the loss or a weight is not finite at step {step}; the checkpoints are from before that. "
+            "Lower --config.learning_rate or --config.pretrain_learning_rate, or use --config.dtype=float32"
         )
 
 
@@ -132,11 +139,11 @@ def _save(plan: Plan, checkpoints: Checkpoints, step: int, state: TrainState) ->
     checkpoints.save(step, {"weights": weights, "rest": rest}, plan.notes())
 
 
-def restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest state that `run` saved and that can be read, with its notes; None if there is none. Raises as `restore_newest`."""
+def restore(checkpoints: Checkpoints, like: TrainState, put_aside: bool = False) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state that `run` saved and that can be read, with its notes; None if there is none. As `restore_newest`."""
     weights = {"params": like.params, "batch_stats": like.batch_stats}
     rest = {"step": like.step, "opt_state": like.opt_state, "key": like.key, "sums": like.sums}
-    found = checkpoints.restore_newest({"weights": weights, "rest": rest})
+    found = checkpoints.restore_newest({"weights": weights, "rest": rest}, put_aside)
     if found is None:
         return None
     _, trees, notes = found
@@ -149,7 +156,6 @@ class _Meter:
     def __init__(self, plan: Plan, start: int):
         self._losses: collections.deque[jax.Array] = collections.deque()
         self._batch_size = plan.batch_size
-        self._last: dict[str, Any] = {}
         self._restart()
         total, done = plan.total_steps * plan.batch_size, start * plan.batch_size
         first = jax.process_index() == 0
@@ -168,8 +174,8 @@ class _Meter:
             self._bar.update(self._batch_size)
 
     def images_per_second(self) -> float:
-        """Since the epoch, or the run, began; called when the device has finished the epoch."""
-        return self._steps * self._batch_size / (time.perf_counter() - self._started)
+        """Since the epoch, or the run, began; called when the device has finished the epoch. NaN if there was no step."""
+        return self._steps * self._batch_size / (time.perf_counter() - self._started) if self._steps else math.nan
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         shown = [f"epoch {row['epoch']}", f"loss {row['loss']:.3f}", f"top-1 {row['top1']:.2%}"]

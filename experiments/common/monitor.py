@@ -1,10 +1,16 @@
 """What a run watches of its CBP state."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 import cbp_jax
 from common.train import TrainState
+
+PyTree = Any
 
 # Enough for a histogram; a layer of millions need not leave the device.
 _SAMPLE = 2**16
@@ -28,13 +34,23 @@ def layer_violations(state: TrainState) -> dict[str, jax.Array]:
 
 
 def relative_weights(state: TrainState) -> dict[str, np.ndarray]:
-    """Latent weights of each constrained layer in units of their scale; evenly spaced ones, if there are very many."""
-    return {layer: np.asarray(weights) for layer, weights in _relative_weights(state).items()}
+    """Latent weights of each constrained layer in units of their scale; evenly spaced ones, if there are very many.
+
+    With several hosts it must be called on all of them.
+    """
+    lies = state.step.sharding  # on every device of a mesh, so that each host has all of them
+    whole = jax.jit(_relative_weights, out_shardings=lies if isinstance(lies, NamedSharding) else None)
+    return {layer: np.asarray(weights) for layer, weights in whole(state).items()}
 
 
-@jax.jit
 def _relative_weights(state: TrainState) -> dict[str, jax.Array]:
     scales = jax.tree_util.tree_flatten_with_path(state.opt_state.cbp.weight_scale)[0]
     weights = dict(jax.tree_util.tree_flatten_with_path(state.params)[0])
     relative = {jax.tree_util.keystr(path, simple=True, separator="/"): weights[path] / scale for path, scale in scales}
     return {layer: w.ravel()[:: w.size // _SAMPLE + 1] if w.size > _SAMPLE else w for layer, w in relative.items()}
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from common import models, pretrained, train
@@ -66,12 +68,12 @@ def make_network(config: ml_collections.ConfigDict) -> Network:
     if is_torch_file(config.pretrained):
         params, batch_stats = pretrained.load_torch(config.pretrained, model)
     elif config.pretrained:
-        params, batch_stats = weights_of_run(Path(config.pretrained), params, batch_stats)
+        params, batch_stats = jax.tree.map(jnp.asarray, weights_of_run(Path(config.pretrained), params, batch_stats))
     return Network(graphdef, params, batch_stats, model.constrained)
 
 
 def weights_of_run(workdir: Path, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
-    """The newest latent weights and batch statistics in a run's workdir.
+    """The newest latent weights and batch statistics in a run's workdir, whatever devices it ran on, as numpy arrays.
 
     Args:
       workdir: of the run.
@@ -86,7 +88,8 @@ def weights_of_run(workdir: Path, params: PyTree, batch_stats: PyTree) -> tuple[
     if not folder.is_dir():
         raise FileNotFoundError(f"{workdir} is not the workdir of a run: there is no {folder}")
     checkpoints = Checkpoints(folder)
-    found = checkpoints.restore_newest({"weights": {"params": params, "batch_stats": batch_stats}})
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), {"params": params, "batch_stats": batch_stats})
+    found = checkpoints.restore_newest({"weights": like})
     checkpoints.close()
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {folder}")

@@ -20,7 +20,8 @@ def post_training(
 
     Args:
       config: of `settings.long_experiment`. `method` is "cbp"; "no_window", all weights constrained from the start; or "ste", the
-        straight-through estimator alone, its learning rate falling along a cosine because no window tells when to lower it.
+        straight-through estimator alone. In the latter two no window tells when to lower the learning rate, so it falls along a
+        cosine; what the paper did there it does not say.
       steps_per_epoch: of the schedule.
       constrained: pattern of the paths of the constrained parameters.
 
@@ -29,7 +30,7 @@ def post_training(
     """
     options: dict[str, Any] = {"multiplier_learning_rate": config.multiplier_learning_rate, "lr_decay": config.lr_decay}
     if config.method == "no_window":
-        options["initial_window"] = float("inf")
+        options |= {"initial_window": float("inf"), "lr_decay": 1.0}
     elif config.method == "ste":
         options |= {"multiplier_optimizer": optax.set_to_zero(), "lr_decay": 1.0}
     elif config.method != "cbp":
@@ -67,7 +68,7 @@ def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
     peak = (config.pretrain_learning_rate if pretrain else config.learning_rate) * ratio
     # A network that starts from random weights is warmed up whatever the batch.
     warmup = min(config.warmup_epochs, epochs) * steps_per_epoch if ratio > 1 or pretrain else 0
-    if pretrain or config.method == "ste":
+    if pretrain or config.method != "cbp":
         after = optax.cosine_decay_schedule(peak, max(epochs * steps_per_epoch - warmup, 1))
     else:
         after = optax.constant_schedule(peak)

@@ -275,7 +275,7 @@ def _check_shared_memory(needed: int) -> None:
     if needed and os.path.isdir(folder) and shutil.disk_usage(folder).free < needed:
         raise RuntimeError(
             f"the workers need {needed / 1e6:.0f} MB in {folder}, which has {shutil.disk_usage(folder).free / 1e6:.0f}: "
-            "start the container with more (docker run --shm-size=...), or lower --config.num_workers"
+            "start the container with more (docker run --shm-size=...), or lower --config.workers"
         )
 
 

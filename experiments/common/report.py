@@ -40,8 +40,8 @@ class Workdir:
 
     Args:
       path: it is made if it is not there.
-      step: the step that a run goes on from; metrics of later steps, which will come again, are removed. 0: all that an earlier run
-        left is removed, but its checkpoints.
+      step: the step that a run goes on from. Metrics of that step or later ones are removed, because they will come again; with 0
+        all that an earlier run left, but its checkpoints.
     """
 
     def __init__(self, path: str | os.PathLike[str], step: int = 0):
@@ -49,14 +49,19 @@ class Workdir:
         self.figures = self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in self.rows(self.path) if row["step"] <= step] if step else []
-        for name in ("metrics.jsonl", "metrics_ste.jsonl", "summary.json", "table.md"):
+        rows = [row for row in self.rows(self.path) if row["step"] < step]
+        for name in ("metrics_ste.jsonl", "summary.json", "table.md"):
             (self.path / name).unlink(missing_ok=True)
-        for row in rows:
-            self.append_metrics(row)
+        self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_config(self, config: ml_collections.ConfigDict) -> None:
-        (self.path / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+        self._replace("config.json", config.to_json_best_effort(indent=2) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file so that a crash leaves the old one or the new one."""
+        new = self.path / f"{name}.new"
+        new.write_text(text)
+        new.replace(self.path / name)
 
     def append_metrics(self, metrics: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
         """Adds a line; what is not finite becomes null, because JSON has no word for it."""
@@ -71,7 +76,7 @@ class Workdir:
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def write_summary(self, summary: Summary) -> None:
-        (self.path / "summary.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+        self._replace("summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -87,7 +92,7 @@ def packed_bytes(params: PyTree, opt_state: PyTree) -> tuple[int, int]:
     """
     float32 = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
     packed = float32
-    for layer in cbp_jax.layer_report(params, opt_state).layers:
+    for layer in jax.eval_shape(cbp_jax.layer_report, params, opt_state).layers:  # sizes alone
         packed += -4 * layer.weights + (layer.weights * layer.bits + 7) // 8 + 4 * layer.scales
     return packed, float32
 

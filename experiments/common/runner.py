@@ -1,5 +1,6 @@
 """A long run from its config: network, data, optimizer, checkpoints, and what it leaves in its workdir."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -19,13 +20,16 @@ from jax.sharding import Mesh
 
 import cbp_jax
 from common import figures, loop, mesh, monitor, networks, optimizers, pipeline, preflight, report, train
-from common.checkpoints import Checkpoints
+from common.checkpoints import AnotherTreeError, Checkpoints
 from common.data import UNREADABLE
 from common.loaders import Loader, open_data
 from common.networks import Network
 
 PyTree = Any
 _PREFLIGHT_IMAGES = 1000
+_WEIGHTS_BEFORE = "weights_before.npz"
+# What a run cannot change on its way: the position in the data is the step, and the schedule counts steps.
+_FIXED = ("batch_size", "seed", "method", "data", "image_size", "color_jitter", "num_classes")
 
 
 class Setup(NamedTuple):
@@ -39,13 +43,19 @@ class Setup(NamedTuple):
 
 
 def main(experiment: str, config: ml_collections.ConfigDict, workdir: str) -> None:
-    """`run` as a command: finds the other hosts first, and ends with a plain message where something is not there."""
+    """`run` as a command: finds the other hosts first, and ends with a plain message where something is not there.
+
+    Without a workdir it is `runs/EXPERIMENT_CONSTRAINT`, or `_pretrain`, so that no run meets another's checkpoints.
+    """
+    kind = config.phase if config.phase == "pretrain" else config.constraint
+    method = "" if config.method == "cbp" or config.phase == "pretrain" else f"_{config.method}"
+    workdir = workdir or f"runs/{experiment}_{kind}{method}"
     if config.distributed:  # before anything else of JAX
         process_id = None if config.process_id < 0 else config.process_id
         jax.distributed.initialize(config.coordinator or None, config.num_processes or None, process_id)
     try:
         run(experiment, config, workdir)
-    except (FileNotFoundError, MemoryError) as error:
+    except (FileNotFoundError, MemoryError, ImportError, AnotherTreeError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -55,6 +65,8 @@ def make_setup(config: ml_collections.ConfigDict, train_images: int) -> Setup:
     Raises:
       ValueError: if a field makes no sense; it names the field.
     """
+    if min(config.epochs, config.pretrain_epochs) < 1:
+        raise ValueError(f"--config.epochs={config.epochs} and --config.pretrain_epochs={config.pretrain_epochs} must be positive")
     if config.phase not in ("pretrain", "post_train"):
         raise ValueError(f"--config.phase={config.phase!r} is none of pretrain, post_train")
     steps_per_epoch = config.steps_per_epoch or train_images // config.batch_size
@@ -91,52 +103,60 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
       FileNotFoundError: if the data or the pre-trained file are not there.
       MemoryError: if a step does not fit the device.
     """
+    with contextlib.ExitStack() as stack:
+        return _run(experiment, ml_collections.ConfigDict(config), Path(workdir), stack)  # the caller's config stays as it is
+
+
+def _run(experiment: str, config: ml_collections.ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> report.Summary | None:
     started = time.perf_counter()
-    config = ml_collections.ConfigDict(config)  # the caller's stays as it is
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep_checkpoints)
-    if checkpoints.newest() is None:
-        networks.settle_options(config)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    going_on = checkpoints.newest() is not None
+    if going_on:
+        _compare(config, networks.saved_config(workdir))
     else:
-        _go_on(config, Path(workdir))
+        networks.settle_options(config)
+    record = ml_collections.ConfigDict(config)
+    if going_on:
+        config.pretrained = ""  # the weights are in the checkpoint, and the file may be gone
     loader = open_data(config)
     setup = make_setup(config, loader.train_images)
     state, shardings = initial_state(setup, config.seed)
     step_fn = train.make_train_step(setup.network.graphdef, setup.optimizer, setup.weights_fn, loader.train_preprocess, shardings)
     evaluation = Evaluation(setup, loader)
 
-    notes: dict[str, Any] = {"images": loader.train_images, "batch_size": config.batch_size, "seed": config.seed}
-    restored = loop.restore(checkpoints, state)
+    notes = {name: config[name] for name in _FIXED} | {"images": loader.train_images, "steps_per_epoch": setup.steps_per_epoch}
+    restored = loop.restore(checkpoints, state, put_aside=True)
     if restored is not None:
         state, saved = restored
         _check_notes(saved, notes)
         notes = saved
     step = int(state.step)
     folder = report.Workdir(workdir, step) if jax.process_index() == 0 else None
-    if folder and step == 0:
-        folder.write_config(config)
+    if folder:
+        folder.write_config(record)
     total_steps = setup.steps_per_epoch * (config.pretrain_epochs if config.phase == "pretrain" else config.epochs)
     _say(f"{experiment}: {loader.train_images:,} training and {loader.eval_images:,} validation images")
     _say(f"step {step:,} of {total_steps:,}")
     batches = stream = _on_device(loader.train(step), setup.mesh)
+    stack.callback(batches.close)
     if config.preflight:
         stream, step_fn = _preflight(config, state, step_fn, batches, evaluation)
-    if restored is None and config.phase == "post_train":
+    if not going_on and config.phase == "post_train":
         notes["full_precision_top1"] = evaluation(state.params, state.batch_stats)["top1"]
         _say(f"top-1 of the weights it starts from: {notes['full_precision_top1']:.2%}")
         before = monitor.relative_weights(state)
         if folder:
-            np.savez(folder.path / "weights_before.npz", **before)  # type: ignore[arg-type]
+            np.savez(folder.path / _WEIGHTS_BEFORE, **before)  # type: ignore[arg-type]
 
     schedule = optimizers.learning_rate(config, setup.steps_per_epoch)
     writer = _summary_writer(folder, step) if folder else None
-
-    def measure(state: train.TrainState) -> dict[str, Any]:
-        return _measure(config, setup, state, schedule, evaluation)
+    if writer:
+        stack.callback(writer.close)
+    last: dict[str, Any] = {}
 
     def seconds() -> float:
         return notes.get("seconds", 0.0) + time.perf_counter() - started
-
-    last: dict[str, Any] = {}
 
     def on_epoch(row: dict[str, Any]) -> None:
         last.update(row)
@@ -150,27 +170,20 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
         total_steps=total_steps,
         batch_size=config.batch_size,
         checkpoint_steps=config.checkpoint_steps,
-        measure=measure,
+        measure=lambda state: _measure(config, setup, state, schedule, evaluation),
         on_epoch=on_epoch,
         notes=lambda: {**notes, "seconds": seconds()},
     )
-    try:
-        state, finished = loop.run(plan, state, step_fn, stream, checkpoints)
-    finally:
-        batches.close()
-        checkpoints.close()
-        if writer:
-            writer.close()
+    state, finished = loop.run(plan, state, step_fn, stream, checkpoints)
     if not finished:
         _say(f"stopped at step {int(state.step)} of {total_steps}, saved; the same command goes on from there")
         return None
-    before_top1 = notes.get("full_precision_top1")
-    summary = _summary(experiment, config, state, last or measure(state), before_top1, seconds())
-    snapshots = monitor.relative_weights(state) if config.phase == "post_train" else {}
+    summary = _summary(experiment, config, state, last, notes.get("full_precision_top1"), seconds())
+    after = monitor.relative_weights(state) if config.phase == "post_train" else {}
     if folder:
         folder.write_summary(summary)
-        _draw(folder, experiment, config, snapshots, before_top1)
         if config.phase == "post_train":
+            _draw(folder, config, summary, after)
             _say(f"\n{report.results_table([summary])}")
         _say(f"\ntop-1 {summary.top1:.2%}, top-5 {summary.top5:.2%}; written to {folder.path}")
     return summary
@@ -206,8 +219,9 @@ def _preflight(
     needed = preflight.memory_needed(compiled)
     line = preflight.check_memory(needed, preflight.memory_there())
     _say(f"memory: {line} (compiled in {time.perf_counter() - started:.0f} s)")
+    accuracy = evaluation(state.params, state.batch_stats, _PREFLIGHT_IMAGES)
+    _say(f"validation: {accuracy['images']:.0f} images read, {accuracy['unreadable']:.0f} unreadable")
     if config.pretrained:
-        accuracy = evaluation(state.params, state.batch_stats, _PREFLIGHT_IMAGES)
         shown = f"top-1 {accuracy['top1']:.2%} on {accuracy['images']:.0f} validation images"
         _say(f"weights: {config.pretrained} is complete; {shown}")
     return itertools.chain([first], batches), compiled
@@ -222,7 +236,7 @@ def _measure(
     if config.phase == "post_train":
         row = {name: float(value) for name, value in monitor.cbp_metrics(state).items()}
         row["lagrangian"] /= setup.steps_per_epoch
-        if config.method != "ste" and row["window"] >= config.lr_decay_window:
+        if config.method == "cbp" and row["window"] >= config.lr_decay_window:
             rate *= config.lr_decay
         weights = jax.jit(cbp_jax.quantize)(state.params, state.opt_state)
     accuracy = evaluation(weights, state.batch_stats)
@@ -277,42 +291,29 @@ def _summary(
     )
 
 
-def _draw(
-    folder: report.Workdir,
-    experiment: str,
-    config: ml_collections.ConfigDict,
-    after: dict[str, np.ndarray],
-    full_precision: float | None,
-) -> None:
-    if full_precision is None:
-        return
-    title = f"{experiment}, {config.constraint.replace('_', '-')} weights"
+def _draw(folder: report.Workdir, config: ml_collections.ConfigDict, summary: report.Summary, after: dict[str, np.ndarray]) -> None:
+    title = f"{summary.experiment}, {config.constraint.replace('_', '-')} weights"
     rows = folder.rows(folder.path)
-    if config.method == "ste":
-        figures.plot_training(folder.figures / "training.png", title, [], rows, full_precision)
-    else:
-        figures.plot_training(folder.figures / "training.png", title, rows, [], full_precision)
-    before = np.load(folder.path / "weights_before.npz")
+    ste, cbp = (rows, []) if config.method == "ste" else ([], rows)
+    figures.plot_training(folder.figures / "training.png", title, cbp, ste, summary.full_precision_top1)
+    before = np.load(folder.path / _WEIGHTS_BEFORE)
     levels = cbp_jax.get_constraint(config.constraint).levels
     for layer, weights in after.items():
         path = folder.figures / f"weights_{layer.replace('/', '_')}.png"
         figures.plot_weights(path, f"{title}: {layer}", {"before": before[layer], "after": weights}, levels)
 
 
-def _go_on(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """The checkpoint has the weights, and the network is the one it was; what else changed is said."""
-    saved = networks.saved_config(workdir)
+def _compare(config: ml_collections.ConfigDict, saved: dict[str, Any]) -> None:
+    """Says what is not as it was when the run began; its network stays what it was."""
     if "transform_input" in config:
         config.transform_input = saved.get("transform_input")
     now = json.loads(config.to_json_best_effort())
     changed = [f"{name}: {saved[name]} -> {value}" for name, value in now.items() if name in saved and saved[name] != value]
     if changed:
         _say(f"going on with another config than the run began with: {', '.join(changed)}")
-    config.pretrained = ""
 
 
 def _check_notes(saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """The position in the data is the step, so they must be the same data in the same order."""
     for name, value in asked.items():
         if saved[name] != value:
             raise ValueError(f"the run in this workdir has {name}={saved[name]}, not {value}: use that, or another workdir")

@@ -91,7 +91,7 @@ def choose(configs: Mapping[str, Callable[[], ml_collections.ConfigDict]], argv:
 def run_main(config: ml_collections.ConfigDict, workdir: str, main: Callable[[ml_collections.ConfigDict, str], object]) -> None:
     """Parses `--config.FIELD=VALUE` and `--workdir=DIR`, then calls `main(config, workdir)`."""
     config_flag = config_flags.DEFINE_config_dict("config", config, "Settings; any field can be overridden.")
-    workdir_flag = flags.DEFINE_string("workdir", workdir, "Folder that receives what the run writes.")
+    workdir_flag = flags.DEFINE_string("workdir", workdir, "Folder that receives what the run writes; by default below runs/.")
 
     def call(argv: list[str]) -> None:
         if len(argv) > 1:

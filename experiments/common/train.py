@@ -95,8 +95,8 @@ def make_train_step(
       optimizer: it is given the loss as `value`.
       weights_fn: the forward weights from the latent ones.
       preprocess: the network's images from a batch; it may draw from the key it is given.
-      shardings: how the state lies on a mesh (`mesh.state_shardings`); None leaves it to the arrays. Each layer's weights are
-        gathered where the network needs them, so that images alone are computed in parallel.
+      shardings: how the state lies on a mesh (`mesh.state_shardings`); None leaves it to the arrays. The forward weights are whole
+        on every device, so that devices differ in their images alone.
     """
 
     def loss_fn(
