@@ -51,7 +51,7 @@ def _spread(accuracies: Sequence[float]) -> str:
 
 
 def short_run_table(experiment: str) -> str:
-    """A line a constraint of a long experiment that was cut short: accuracy, and how the constraint closed."""
+    """A line a run of a long experiment that was cut short: accuracy, and how the constraint closed."""
     rows = []
     for file in sorted((RESULTS / experiment).glob("*/summary.json")):
         summary = Summary(**json.loads(file.read_text()))
@@ -61,15 +61,15 @@ def short_run_table(experiment: str) -> str:
             rows.append(
                 (
                     summary.constraint,
+                    config["method"].upper(),
                     f"{summary.full_precision_top1:.2%}",
                     f"{summary.top1:.2%}",
                     f"{epochs[0]['cfs_relative']:.1e}",
                     f"{summary.cfs_relative:.1e}",
                     f"{epochs[-1]['step']:,} of {config['batch_size']} images",
-                    f"{summary.bytes_packed / 1000:.1f} kB of {summary.bytes_float32 / 1000:.1f} kB",
                 )
             )
-    header = ("constraint", "full precision", "CBP", "CFS / scale, first epoch", "last epoch", "steps", "size")
+    header = ("constraint", "method", "top-1 before", "after", "CFS / scale, first epoch", "last epoch", "steps")
     return format_table(header, rows)
 
 

@@ -48,7 +48,7 @@ def test_example_is_ten_lines_or_so():
     assert len(code) <= 15
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-seeds", "fashion_mnist-seeds"])
+@pytest.mark.parametrize("name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20"])
 def test_tables_are_those_of_the_runs(name):
     pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
     import update_readme
