@@ -117,7 +117,7 @@ def everything_sharded(monkeypatch):
     monkeypatch.setattr(mesh, "_MIN_SHARDED", 1)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_eight_devices_give_the_result_of_one(fsdp, on_one_device, everything_sharded):
     state, losses, shardings = small_run(fsdp)
     np.testing.assert_allclose(losses, on_one_device[0]["losses"], rtol=1e-6)

@@ -256,6 +256,8 @@ def _iterate(dataset: grain.MapDataset, num_workers: int, batch_bytes: int) -> I
         seen = unreadable = 0
         try:
             for batch in iterator:
+                # A copy, so that memory shared with a worker is given back now, not when the device is done with it.
+                batch = {name: np.array(values) for name, values in batch.items()}
                 seen += len(batch["label"])
                 unreadable += int((batch["label"] == UNREADABLE).sum())
                 if seen >= _WINDOW:

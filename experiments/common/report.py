@@ -49,7 +49,7 @@ class Workdir:
         self.figures = self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in self.rows(self.path) if row["step"] < step]
+        rows = [row for row in self.rows(self.path) if row["step"] < step] if step else []
         for name in ("metrics_ste.jsonl", "summary.json", "table.md"):
             (self.path / name).unlink(missing_ok=True)
         self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
