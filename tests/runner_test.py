@@ -1,98 +1,23 @@
 """A long run as a user starts it: what it writes, and that stopping it leaves no trace."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
-pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
+ml_collections = pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
 
 import evaluate
-import imagenet_resnet18
 from common import checkpoints, loop, models, networks, pretrained, report, runner, train
 from common.loaders import open_data
-
-ROOT = Path(__file__).parents[1]
-STEPS_PER_EPOCH, EPOCHS = 5, 3
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """40 photos to train on and 18 to evaluate on in four classes, as a folder tree; one of each cannot be read."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 4)):
-        for label in range(4):
-            folder = root / split / f"n{label:02d}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{index}.JPEG")
-        (root / split / "n00" / "0.JPEG").write_bytes(b"no photo")
-    return root
-
-
-def make_config(photos, **changes):
-    config = imagenet_resnet18.binary()
-    config.update(
-        {
-            "network": "resnet20",
-            "data": "folder",
-            "data_dir": str(photos),
-            "num_classes": 4,
-            "image_size": 16,
-            "resize": 20,
-            "workers": 0,
-            "batch_size": 8,
-            "epochs": EPOCHS,
-            "patience": 1,
-            "dtype": "float32",
-            "checkpoint_steps": 2,
-            "keep_checkpoints": 10,
-            **changes,
-        }
-    )
-    return config
-
-
-def command(photos, workdir, **changes):
-    config, defaults = make_config(photos, **changes), imagenet_resnet18.binary()
-    flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
-    return [sys.executable, str(ROOT / "experiments" / "imagenet_resnet18.py"), f"--workdir={workdir}", *flags]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device; what one process compiles the next ones read."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def start(photos, workdir, environment, **changes):
-    return subprocess.Popen(
-        command(photos, workdir, **changes), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process):
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    return printed, errors
+from run_support import EPOCHS, ROOT, STEPS_PER_EPOCH, finish, make_config, start
 
 
 @pytest.fixture(scope="module")
@@ -395,85 +320,3 @@ def test_a_loss_that_is_not_finite_ends_the_run(photos, tmp_path):
     with pytest.raises(FloatingPointError, match="Lower --config"):
         runner.run("x", config, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())  # none with such weights
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "TFDS_DATA_DIR" not in os.environ or not (Path(os.environ["TFDS_DATA_DIR"]) / "imagenet2012").is_dir(),
-    reason="needs ImageNet, or a sample of it, as ArrayRecord in TFDS_DATA_DIR",
-)
-def test_imagenet_resnet18_is_killed_goes_on_and_is_evaluated(environment, tmp_path):
-    """On a sample of photos, two epochs from random weights; it says nothing about accuracy."""
-    script = str(ROOT / "experiments" / "imagenet_resnet18.py")
-    short = ["--config.epochs=2", "--config.batch_size=50", "--config.steps_per_epoch=14", "--config.dtype=float32"]
-    run = [sys.executable, script, f"--workdir={tmp_path}", *short]
-    process = subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 1200
-    while not (tmp_path / "checkpoints" / "14").is_dir():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.kill()
-    process.communicate()
-    done = subprocess.run(run, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 14 of 28" in done.stdout
-    rows = report.Workdir.rows(tmp_path)
-    assert [row["step"] for row in rows] == [14, 28]
-    assert all(np.isfinite(row["loss"]) for row in rows)
-    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), f"--workdir={tmp_path}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"top-1 {rows[-1]['top1']:.2%}, top-5 {rows[-1]['top5']:.2%}" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [2, 4])
-def test_two_hosts_stop_together_and_go_on(photos, environment, tmp_path, fsdp):
-    """SIGTERM to one of two processes; both save the same step, and a second pair finishes the run.
-
-    All kernels are split over two devices of a host, or over all four of both.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    changes = {"epochs": 30, "fsdp": fsdp, "distributed": True, "coordinator": f"localhost:{port}", "num_processes": 2}
-
-    def start_pair(epochs):
-        code = (
-            "import runpy, sys\n"
-            "sys.argv = sys.argv[1:]\n"
-            f"sys.path.insert(0, {str(ROOT / 'experiments')!r})\n"
-            "from common import mesh\n"
-            "mesh._MIN_SHARDED = 1\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        )
-        commands = [command(photos, tmp_path / "run", **{**changes, "epochs": epochs, "process_id": index}) for index in (0, 1)]
-        return [
-            subprocess.Popen(
-                [python, "-c", code, *rest], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for python, *rest in commands
-        ]
-
-    first, second = start_pair(30)
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "run" / "checkpoints" / "4").is_dir():
-        assert first.poll() is None, first.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    second.send_signal(signal.SIGTERM)
-    printed, _ = finish(first)
-    finish(second)
-    stopped = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert f"stopped at step {stopped} of 150, saved" in printed
-
-    epochs = stopped // STEPS_PER_EPOCH + 1
-    first, second = start_pair(epochs)
-    printed, _ = finish(first)
-    finish(second)
-    assert f"step {stopped} of {epochs * STEPS_PER_EPOCH}" in printed
-    rows = report.Workdir.rows(tmp_path / "run")
-    assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
-    assert (tmp_path / "run" / "summary.json").exists()

@@ -1,0 +1,51 @@
+"""A small long run as a user starts it: its config, its command, its process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import imagenet_resnet18
+
+ROOT = Path(__file__).parents[1]
+STEPS_PER_EPOCH, EPOCHS = 5, 3
+
+
+def make_config(photos, **changes):
+    config = imagenet_resnet18.binary()
+    config.update(
+        {
+            "network": "resnet20",
+            "data": "folder",
+            "data_dir": str(photos),
+            "num_classes": 4,
+            "image_size": 16,
+            "resize": 20,
+            "workers": 0,
+            "batch_size": 8,
+            "epochs": EPOCHS,
+            "patience": 1,
+            "dtype": "float32",
+            "checkpoint_steps": 2,
+            "keep_checkpoints": 10,
+            **changes,
+        }
+    )
+    return config
+
+
+def command(photos, workdir, **changes):
+    config, defaults = make_config(photos, **changes), imagenet_resnet18.binary()
+    flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
+    return [sys.executable, str(ROOT / "experiments" / "imagenet_resnet18.py"), f"--workdir={workdir}", *flags]
+
+
+def start(photos, workdir, environment, **changes):
+    return subprocess.Popen(
+        command(photos, workdir, **changes), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return printed, errors
