@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-ml_collections = pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
+pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
 
 import evaluate
 from common import checkpoints, loop, models, networks, pretrained, report, runner, train
@@ -301,6 +301,8 @@ def test_synthetic_data_need_no_disk(tmp_path):
 
 
 def test_transform_input_follows_the_weights(tmp_path):
+    import ml_collections
+
     config = ml_collections.ConfigDict({"network": "googlenet", "pretrained": "", "transform_input": None})
     for origin, expected in (("", False), ("googlenet.pth", True), (str(tmp_path), False)):
         copy = ml_collections.ConfigDict({**config.to_dict(), "pretrained": origin})
