@@ -1,6 +1,6 @@
 """The paper's ResNet-50 on ImageNet: from pre-trained weights to binary, ternary or power-of-two ones.
 
-ResNet-50 v1.5, as torchvision's; the paper starts from torchvision's first weights (76.1% top-1).
+ResNet-50 v1.5, as torchvision's; the paper starts from torchvision's first weights.
 
     python experiments/imagenet_resnet50.py --config.constraint=binary \\
         --config.pretrained=resnet50.pth --workdir=runs/resnet50_binary

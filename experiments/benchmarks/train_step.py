@@ -2,7 +2,7 @@
 
     cd experiments && python -m benchmarks.train_step                      # ResNet-50, batch 256, bfloat16: for an accelerator
     cd experiments && python -m benchmarks.train_step --network=resnet20 --num_classes=10 --image_size=32 --batch_size=64 \\
-        --dtype=float32 --steps=3
+        --dtype=float32 --steps=3 --repetitions=5
 
 The batch is on the device; the candidates take turns, so that other load meets them all, and the medians count. Writes
 `results/train_step_NETWORK.json` and `.md`.

@@ -1,6 +1,6 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,7 @@ def _load_split(name: str, split: str, data_dir: str | None, dtype: type) -> tup
     return whole if dtype is np.uint8 else whole.astype(np.float32) / 255, np.concatenate(labels).astype(np.int32)
 
 
-def shuffled_batches(size: int, batch_size: int, seed: int | Sequence[int]) -> Iterator[np.ndarray]:
+def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
     """Endless index batches: one permutation of the data after another, cut into full batches."""
     rng = np.random.default_rng(seed)
     pending = np.empty(0, np.int64)

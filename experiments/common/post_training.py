@@ -14,7 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import cbp_jax
-from common import checkpoints, figures, monitor, report, train
+from common import checkpoints, figures, monitor, optimizers, report, train
 from common.data import Dataset, padded_batches, shuffled_batches
 
 PyTree = Any
@@ -211,7 +211,7 @@ def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule,
         multiplier_learning_rate=config.multiplier_learning_rate,
         weight_decay=config.weight_decay,
         lr_decay_window=config.lr_decay_window,
-        window_growth=(lambda g: jnp.where(g < 10, g + 1, config.window_factor * g)) if config.window_factor else None,
+        window_growth=optimizers.window_growth(config.window_factor),
         mask=job.mask,
         **options,
     )
