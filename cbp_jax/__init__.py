@@ -10,8 +10,11 @@ from cbp_jax.constraints import (
     two_bit_shift,
     uniform,
 )
+from cbp_jax.inference import make_predict
 from cbp_jax.masking import select
 from cbp_jax.metrics import LayerReport, Report, constraint_failure_score, layer_report, level_histogram
+from cbp_jax.packed_file import load_packed, save_packed
+from cbp_jax.packing import Packed, PackedError, PackedTensor, Rounding, pack, unpack
 from cbp_jax.recipe import CBPSGDState, cbp_sgd, keep_params_in_box
 from cbp_jax.state import CBPState, quantize, refit_scales, window
 from cbp_jax.transform import cbp
@@ -23,7 +26,11 @@ __all__ = [
     "CBPState",
     "Constraint",
     "LayerReport",
+    "Packed",
+    "PackedError",
+    "PackedTensor",
     "Report",
+    "Rounding",
     "binary",
     "cbp",
     "cbp_sgd",
@@ -32,13 +39,18 @@ __all__ = [
     "keep_params_in_box",
     "layer_report",
     "level_histogram",
+    "load_packed",
+    "make_predict",
     "one_bit_shift",
+    "pack",
     "quantize",
     "refit_scales",
+    "save_packed",
     "select",
     "shift",
     "ternary",
     "two_bit_shift",
     "uniform",
+    "unpack",
     "window",
 ]
