@@ -13,6 +13,7 @@ from cbp_jax.constraints import (
 from cbp_jax.inference import make_predict
 from cbp_jax.masking import select
 from cbp_jax.metrics import LayerReport, Report, constraint_failure_score, layer_report, level_histogram
+from cbp_jax.onnx_export import export_onnx
 from cbp_jax.packed_file import load_packed, save_packed
 from cbp_jax.packing import Packed, PackedError, PackedTensor, Rounding, pack, unpack
 from cbp_jax.recipe import CBPSGDState, cbp_sgd, keep_params_in_box
@@ -35,6 +36,7 @@ __all__ = [
     "cbp",
     "cbp_sgd",
     "constraint_failure_score",
+    "export_onnx",
     "get_constraint",
     "keep_params_in_box",
     "layer_report",

@@ -24,9 +24,9 @@ def make_predict(
     The two ways differ in what stays in memory, not in what comes out:
 
     - "expand": the weights are unpacked now. Speed and memory of an ordinary network.
-    - "packed": codes and scales stay, and weights are unpacked inside the jitted function, where they are used, at every call. Slower,
-      as no backend of JAX multiplies by codes. It saves memory where the compiler does not unpack all layers at once. XLA's CPU
-      backend does unless its scheduler minds memory, so here it is told to; `XLA_FLAGS` with
+    - "packed": codes and scales stay, and weights are unpacked inside the jitted function, where they are used, at every call.
+      Slower, as no backend of JAX multiplies by codes. It saves memory where the compiler does not unpack all layers at once. XLA's
+      CPU backend does unless its scheduler minds memory, so here it is told to; `XLA_FLAGS` with
       `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED` does it for a whole program, such as one that calls an exported
       function. A `jax.lax.scan` over stacked layers unpacks one at a time everywhere.
 

@@ -33,9 +33,17 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def make_dataset(config: ml_collections.ConfigDict) -> data.Dataset:
+    del config  # it comes with scikit-learn
+    return data.load_digits()
+
+
+def make_model(config: ml_collections.ConfigDict) -> SmallConvNet:
+    return SmallConvNet(num_classes=10, channels=config.channels, rngs=nnx.Rngs(config.seed))
+
+
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    model = SmallConvNet(num_classes=10, channels=config.channels, rngs=nnx.Rngs(config.seed))
-    post_training.run("digits", config, workdir, data.load_digits(), model, SmallConvNet.constrained)
+    post_training.run("digits", config, workdir, make_dataset(config), make_model(config))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,20 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def make_dataset(config: ml_collections.ConfigDict) -> data.Dataset:
+    return data.load_tfds("fashion_mnist", config.data_dir or None)
+
+
+def make_model(config: ml_collections.ConfigDict) -> SmallMLP:
+    return SmallMLP(num_classes=10, features_in=28 * 28, width=config.width, rngs=nnx.Rngs(config.seed))
+
+
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
     try:
-        dataset = data.load_tfds("fashion_mnist", config.data_dir or None)
+        dataset = make_dataset(config)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    model = SmallMLP(num_classes=10, features_in=28 * 28, width=config.width, rngs=nnx.Rngs(config.seed))
-    post_training.run("fashion_mnist", config, workdir, dataset, model, SmallMLP.constrained)
+    post_training.run("fashion_mnist", config, workdir, dataset, make_model(config))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ SUMMARY = {
     "bytes_packed",
     "bytes_float32",
     "seconds",
+    "bytes_file",
+    "file_top1",
 }
 
 
@@ -83,6 +85,9 @@ def test_run_writes_its_workdir(short_run):
     table = (workdir / "table.md").read_text()
     assert table in printed
     assert f"{summary['top1']:.2%}" in table
+    assert summary["file_top1"] == summary["top1"]
+    assert summary["bytes_file"] == (workdir / "weights.safetensors").stat().st_size
+    assert "weights moved more than 1% of the scale" in printed
 
 
 def test_checkpoint_is_the_state_that_was_measured(short_run):

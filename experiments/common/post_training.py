@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import cbp_jax
-from common import checkpoints, figures, monitor, optimizers, report, train
+from common import checkpoints, deploy, figures, models, monitor, optimizers, report, train
 from common.data import Dataset, padded_batches, shuffled_batches
 
 PyTree = Any
@@ -55,8 +56,7 @@ def run(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike[str],
     dataset: Dataset,
-    model: nnx.Module,
-    constrained: str,
+    model: models.SmallConvNet | models.SmallMLP,
 ) -> list[report.Summary]:
     """Pre-trains, post-trains under the constraint of the config or under all four, and prints the table.
 
@@ -66,7 +66,6 @@ def run(
       workdir: the run's folder; with `constraint="all"`, one folder below it for each.
       dataset: what to train and test on.
       model: a network with fresh weights.
-      constrained: pattern of the paths of the constrained parameters.
 
     Returns:
       A summary a constraint.
@@ -76,8 +75,7 @@ def run(
     root.write_config(config)
     print(f"{experiment}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images")
 
-    graphdef, params, batch_stats = train.split_model(model)
-    job = Job(experiment, config, dataset, graphdef, cbp_jax.select(include=constrained))
+    job, params, batch_stats = make_job(experiment, config, dataset, model)
     pretrained, full_precision = pretrain(job, params, batch_stats)
     checkpoints.save(root.checkpoints / "pretrained", {"params": pretrained.params, "batch_stats": pretrained.batch_stats})
 
@@ -90,6 +88,14 @@ def run(
     (root.path / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\nwritten to {root.path}")
     return summaries
+
+
+def make_job(
+    experiment: str, config: ml_collections.ConfigDict, dataset: Dataset, model: models.SmallConvNet | models.SmallMLP
+) -> tuple[Job, PyTree, PyTree]:
+    """What the runs have in common, and the model's parameters and batch statistics."""
+    graphdef, params, batch_stats = train.split_model(model)
+    return Job(experiment, config, dataset, graphdef, cbp_jax.select(include=model.constrained)), params, batch_stats
 
 
 def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.TrainState, float]:
@@ -108,7 +114,7 @@ def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.Train
             state = log.state
             bar.set_postfix_str(f"loss {log.loss:.4f}", refresh=False)
             bar.update()
-        accuracy = evaluate(state.params, state.batch_stats, _test_batches(job))["top1"]
+        accuracy = evaluate(state.params, state.batch_stats, test_batches(job))["top1"]
         bar.set_postfix_str(f"loss {log.loss:.4f}, top-1 {accuracy:.2%}")
     return state, accuracy
 
@@ -126,7 +132,7 @@ def compare(
     cbp = post_train(
         job,
         pretrained,
-        _optimizer(job, constraint, config.learning_rate, lr_decay=config.lr_decay),
+        _cbp_optimizer(job, constraint),
         f"{constraint} CBP",
         lambda row: config.learning_rate * (config.lr_decay if row["window"] >= config.lr_decay_window else 1.0),
         folder.append_metrics,
@@ -143,7 +149,12 @@ def compare(
         path = folder.figures / f"weights_{layer.replace('/', '_')}.png"
         figures.plot_weights(path, f"{title}: {layer}", moments, levels)
 
-    packed, float32 = report.packed_bytes(cbp.state.params, cbp.state.opt_state)
+    file, state = folder.path / deploy.PACKED_FILE, cbp.state
+    packed = deploy.save(file, state.params, state.batch_stats, state.opt_state, round=True)
+    print(f"{constraint}: {deploy.rounding_line(packed)}")
+    weights, batch_stats = deploy.load(file, state.params, state.batch_stats)
+    from_file = accuracy_of(job, weights, batch_stats)
+    bytes_packed, bytes_float32 = report.packed_bytes(state.params, state.opt_state)
     summary = report.Summary(
         experiment=job.experiment,
         constraint=constraint,
@@ -155,9 +166,11 @@ def compare(
         cfs=cbp.rows[-1]["cfs"],
         cfs_relative=cbp.rows[-1]["cfs_relative"],
         bits_per_weight=cbp_jax.get_constraint(constraint).bits,
-        bytes_packed=packed,
-        bytes_float32=float32,
+        bytes_packed=bytes_packed,
+        bytes_float32=bytes_float32,
         seconds=time.perf_counter() - started,
+        bytes_file=file.stat().st_size,
+        file_top1=from_file["top1"],
     )
     folder.write_summary(summary)
     return summary
@@ -185,7 +198,7 @@ def post_train(
             row = {"epoch": log.epoch, "step": log.epoch * config.steps_per_epoch, "loss": log.loss}
             row |= {name: float(value) for name, value in monitor.cbp_metrics(state).items()}
             row["lagrangian"] /= config.steps_per_epoch
-            accuracy = evaluate(quantize(state.params, state.opt_state), state.batch_stats, _test_batches(job))
+            accuracy = evaluate(quantize(state.params, state.opt_state), state.batch_stats, test_batches(job))
             row |= {"top1": accuracy["top1"], "top5": accuracy["top5"]}
             row |= {"learning_rate": float(learning_rate(row)), "images_per_second": log.images_per_second}
             rows.append(row)
@@ -199,6 +212,34 @@ def post_train(
             bar.update()
     snapshots["after"] = monitor.relative_weights(state)
     return Outcome(state, rows, snapshots)
+
+
+def restore(job: Job, workdir: Path, constraint: str, params: PyTree, batch_stats: PyTree) -> train.TrainState:
+    """The state in which a finished run under a constraint ended.
+
+    Args:
+      job: of `make_job`.
+      workdir: of the run under this constraint.
+      constraint: its name.
+      params: give structure and shapes.
+      batch_stats: likewise.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is damaged, or of another network or constraint.
+    """
+    return checkpoints.restore(
+        workdir / "checkpoints" / "final", train.init_state(params, batch_stats, _cbp_optimizer(job, constraint))
+    )
+
+
+def accuracy_of(job: Job, weights: PyTree, batch_stats: PyTree) -> dict[str, float]:
+    """Accuracy on the test images, as `train.make_evaluate` gives it."""
+    return train.make_evaluate(job.graphdef)(weights, batch_stats, test_batches(job))
+
+
+def _cbp_optimizer(job: Job, constraint: str) -> Any:
+    return _optimizer(job, constraint, job.config.learning_rate, lr_decay=job.config.lr_decay)
 
 
 def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
@@ -231,5 +272,6 @@ def _epochs(job: Job, state: train.TrainState, step: train.TrainStep, epochs: in
         yield EpochLog(epoch, state, mean_loss, seen / (time.perf_counter() - started))
 
 
-def _test_batches(job: Job) -> Iterator[dict[str, np.ndarray]]:
+def test_batches(job: Job) -> Iterator[dict[str, np.ndarray]]:
+    """Once through the test images."""
     return padded_batches(job.dataset.test_images, job.dataset.test_labels)

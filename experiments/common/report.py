@@ -30,9 +30,11 @@ class Summary:
     cfs: float
     cfs_relative: float
     bits_per_weight: int
-    bytes_packed: int
+    bytes_packed: int  # of codes, scales and the other parameters
     bytes_float32: int
     seconds: float
+    bytes_file: int | None = None  # of the packed file: batch statistics and a header besides; None: none was written
+    file_top1: float | None = None  # read back from it
 
 
 class Workdir:
@@ -50,7 +52,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
         rows = [row for row in self.rows(self.path) if row["step"] < step] if step else []
-        for name in ("metrics_ste.jsonl", "summary.json", "table.md"):
+        for name in ("metrics_ste.jsonl", "summary.json", "table.md", "weights.safetensors", "model.onnx"):
             (self.path / name).unlink(missing_ok=True)
         self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -115,6 +117,8 @@ def results_table(summaries: Sequence[Summary]) -> str:
         "CFS / scale": [f"{s.cfs_relative:.1e}" for s in summaries],
         "bits per weight": [str(s.bits_per_weight) for s in summaries],
         "size": [f"{s.bytes_packed / 1000:.1f} kB of {s.bytes_float32 / 1000:.1f} kB" for s in summaries],
+        "packed file": ["" if s.bytes_file is None else f"{s.bytes_file / 1000:.1f} kB" for s in summaries],
+        "CBP from the file": ["" if s.file_top1 is None else f"{s.file_top1:.2%}" for s in summaries],
     }
-    columns = {name: cells for name, cells in columns.items() if any(cells)}  # the estimator alone is not always run
+    columns = {name: cells for name, cells in columns.items() if any(cells)}  # not every run has all of them
     return format_table(tuple(columns), list(zip(*columns.values(), strict=True)))

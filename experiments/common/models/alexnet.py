@@ -64,7 +64,7 @@ class AlexNet(nnx.Module):
         x = images
         for layer in self.features:
             x = layer(x)
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for layer in self.classifier:
             x = layer(x)
         return x

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from common.models.layers import batch_norm, conv, head, max_pool
+from common.models.layers import Dropout, batch_norm, conv, head, max_pool
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -67,12 +67,12 @@ class AuxiliaryHead(nnx.Module):
     def __init__(self, features_in: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = ConvNorm(features_in, 128, 1, dtype=dtype, rngs=rngs)
         self.fc1 = nnx.Linear(4 * 4 * 128, 1024, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(0.7)
+        self.dropout = Dropout(0.7)
         self.fc2 = head(1024, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         x = self.conv(_window_means(_window_means(x, 4, axis=1), 4, axis=2))
-        x = nnx.relu(self.fc1(x.reshape(len(x), -1)))
+        x = nnx.relu(self.fc1(x.reshape(x.shape[0], -1)))
         return self.fc2(self.dropout(x, rngs=rngs))
 
 
@@ -119,7 +119,7 @@ class GoogLeNet(nnx.Module):
         self.inception5b = inception(832, 384, (192, 384), (48, 128), 128)
         self.aux1 = AuxiliaryHead(512, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
         self.aux2 = AuxiliaryHead(528, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
-        self.dropout = nnx.Dropout(0.2)
+        self.dropout = Dropout(0.2)
         self.fc = head(1024, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:

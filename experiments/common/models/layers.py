@@ -58,6 +58,16 @@ def head(features_in: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(features_in, num_classes, dtype=jnp.float32, rngs=rngs)
 
 
+class Dropout(nnx.Dropout):
+    """Flax's dropout, drawing from the `rngs` of the call, which in evaluation mode does nothing at all.
+
+    jax2onnx 0.17 replaces the call of Flax's by one that refuses `rngs`; in evaluation mode this one never gets there.
+    """
+
+    def __call__(self, inputs: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:  # type: ignore[override]
+        return inputs if self.deterministic else super().__call__(inputs, rngs=rngs)
+
+
 def max_pool(images: jax.Array, size: int, stride: int, padding: int = 0, *, ceil_mode: bool = False) -> jax.Array:
     """Max pooling, shape=(n, h, w, c) in and out; `ceil_mode` has a last window that reaches over the edge, as in PyTorch."""
 
@@ -66,4 +76,6 @@ def max_pool(images: jax.Array, size: int, stride: int, padding: int = 0, *, cei
         return padding, padding + over
 
     height, width = images.shape[1:3]
-    return nnx.max_pool(images, window_shape=(size, size), strides=(stride, stride), padding=(pads(height), pads(width)))
+    # Padded here and not by the pooling, because jax2onnx 0.17 drops the padding of nnx.max_pool without a word.
+    images = jnp.pad(images, ((0, 0), pads(height), pads(width), (0, 0)), constant_values=-jnp.inf)
+    return nnx.max_pool(images, window_shape=(size, size), strides=(stride, stride), padding="VALID")

@@ -44,7 +44,7 @@ class SmallMLP(nnx.Module):
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         del rngs  # nothing is dropped
-        x = images.reshape(len(images), -1)
+        x = images.reshape(images.shape[0], -1)
         x = nnx.relu(self.bn0(self.hidden0(x)))
         x = nnx.relu(self.bn1(self.hidden1(x)))
         x = nnx.relu(self.bn2(self.hidden2(x)))
