@@ -8,14 +8,15 @@ A run says in its `config.json` what it is; `--data`, `--data_dir`, `--batch_siz
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 from absl import app, flags, logging
-from common import loop, networks, runner, settings
-from common.checkpoints import AnotherTreeError, Checkpoints
+from common import finished, networks, runner, settings
+from common.checkpoints import AnotherTreeError
 from common.loaders import Loader, open_data
 from ml_collections import config_dict
 
@@ -49,13 +50,7 @@ def evaluate_run(
     Raises:
       FileNotFoundError: if there is no checkpoint.
     """
-    setup = runner.make_setup(config, loader.train_images)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    restored = loop.restore(checkpoints, runner.initial_state(setup, config.seed)[0])
-    checkpoints.close()
-    if restored is None:
-        raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}")
-    state = restored[0]
+    setup, state = finished.restore(config, workdir, loader)
     weights, scores = state.params, {"step": float(state.step)}
     if config.phase == "post_train":
         scores |= {
@@ -75,25 +70,23 @@ def evaluate_file(config: ml_collections.ConfigDict, loader: Loader, limit: int 
     return runner.Evaluation(setup, loader)(setup.network.params, setup.network.batch_stats, limit)
 
 
+def _config_of_file(changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    config = settings.long_experiment(_NETWORK.value, "binary")
+    config.phase, config.pretrained = "pretrain", _PRETRAINED.value
+    if _NETWORK.value == "googlenet":
+        config.auxiliary_heads, config.transform_input = False, config_dict.placeholder(bool)
+    finished.apply(config, changes)
+    return config
+
+
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1 or bool(_WORKDIR.value) == bool(_PRETRAINED.value) or bool(_PRETRAINED.value) != bool(_NETWORK.value):
         raise app.UsageError("give --workdir=RUN, or --network=NAME and --pretrained=FILE")
     workdir = Path(_WORKDIR.value)
-    config = settings.long_experiment(_NETWORK.value, "binary")
-    if _WORKDIR.value:
-        saved = networks.saved_config(workdir)
-        if not saved:
-            sys.exit(f"error: there is no config.json in {workdir}")
-        config.update({**saved, "pretrained": ""})
-    else:
-        config.phase, config.pretrained = "pretrain", _PRETRAINED.value
-        if _NETWORK.value == "googlenet":
-            config.auxiliary_heads, config.transform_input = False, config_dict.placeholder(bool)
     changes: dict[str, Any] = {"data": _DATA.value, "data_dir": _DATA_DIR.value, "batch_size": _BATCH_SIZE.value}
-    config.update({name: value for name, value in changes.items() if value})
-    config.fsdp, config.steps_per_epoch = 1, 1  # whatever devices it was trained on
     try:
+        config = finished.read_config(workdir, changes) if _WORKDIR.value else _config_of_file(changes)
         loader = open_data(config)
         if _WORKDIR.value:
             scores = evaluate_run(config, workdir, loader, _WEIGHTS.value == "latent", _LIMIT.value or None)

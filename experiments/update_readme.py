@@ -32,7 +32,7 @@ def seeds_table(experiment: str) -> str:
     rows = []
     for constraint in CONSTRAINTS:
         files = sorted((RESULTS / experiment).glob(f"seed*/{constraint}/summary.json"))
-        summaries = [Summary(**json.loads(file.read_text())) for file in files]
+        summaries = [Summary.read(file.parent) for file in files]
         rows.append(
             (
                 constraint,
@@ -54,7 +54,7 @@ def short_run_table(experiment: str) -> str:
     """A line a run of a long experiment that was cut short: accuracy, and how the constraint closed."""
     rows = []
     for file in sorted((RESULTS / experiment).glob("*/summary.json")):
-        summary = Summary(**json.loads(file.read_text()))
+        summary = Summary.read(file.parent)
         config = json.loads((file.parent / "config.json").read_text())
         if config["phase"] == "post_train":
             epochs = Workdir.rows(file.parent)

@@ -36,6 +36,16 @@ class Summary:
     bytes_file: int | None = None  # of the packed file: batch statistics and a header besides; None: none was written
     file_top1: float | None = None  # read back from it
 
+    @classmethod
+    def read(cls, workdir: Path) -> "Summary":
+        """Of a run that ended; FileNotFoundError if there is none in the folder."""
+        path = workdir / "summary.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no run ended in {workdir}: there is no summary.json (under all constraints, name the folder of one)"
+            )
+        return cls(**json.loads(path.read_text()))
+
 
 class Workdir:
     """A run's folder.

@@ -1,0 +1,249 @@
+"""How fast are networks with integer weights in ONNX Runtime, and how exact? Against float32 there, and in JAX.
+
+    cd experiments && python -m benchmarks.onnx_runtime
+    cd experiments && python -m benchmarks.onnx_runtime --tiny    # a test of this script, which writes nothing without --out
+
+On the CPU, with as many threads as the libraries take by themselves. Weights are random, on ternary levels. The variants take
+turns, so that other load meets them all, and the medians count. Writes `results/onnx_runtime.json` and `.md`.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import onnxruntime
+from absl import app, flags
+from benchmarks.decoders import cpu_model
+from common import models, train
+from common.report import format_table
+from flax import nnx
+
+import cbp_jax
+
+PyTree = Any
+Run = Callable[[], np.ndarray]
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+LIBRARIES = ("onnxruntime", "jax", "jax2onnx", "numpy")
+FLOAT, JAX = "float32", "JAX float32"
+INTEGERS = {"int4": "INT4", "int2": "INT2"}
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
+SLOWER, FASTER = 1.05, 0.95  # times of float32's; what lies between counts as equally fast
+LEAST_ROUNDS = 3
+WARM_UP = 0.1  # seconds before each timed run, and at least one run
+
+_SECONDS = flags.DEFINE_float("seconds", 30, f"Of rounds for a case and batch; there are at least {LEAST_ROUNDS} of them.")
+_TINY = flags.DEFINE_bool("tiny", False, "Small sizes and few rounds, to test this script.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the results; if not given `results`, or with --tiny none.")
+
+
+class Case(NamedTuple):
+    """A network to be measured."""
+
+    name: str
+    model: Any  # as export_onnx takes it
+    forward: Callable[[PyTree, jax.Array], jax.Array]
+    params: PyTree
+    constrained: str | None  # a pattern for `cbp_jax.select`; None: all
+    shape: tuple[int, ...]  # of one input
+    multiplies: bool = False  # whether ONNX Runtime multiplies packed integers; if not, its accuracy level changes nothing
+
+
+class Measured(NamedTuple):
+    """A variant of a case, ready to run."""
+
+    bytes: int
+    bind: Callable[[jax.Array], Run]
+
+
+def cases() -> Iterator[Case]:
+    """What is measured."""
+    features, channels, image, photo = (64, 8, 8, 32) if _TINY.value else (4096, 256, 28, 224)
+
+    def dense(params: PyTree, x: jax.Array) -> jax.Array:
+        return x @ params["kernel"]
+
+    params = {"kernel": jax.random.normal(jax.random.key(0), (features, features))}
+    yield Case(f"dense {features}x{features}", dense, dense, params, None, (features,), multiplies=True)
+
+    def convolution(params: PyTree, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    params = {"kernel": jax.random.normal(jax.random.key(1), (3, 3, channels, channels))}
+    name = f"3x3 convolution, {channels} channels, {image}x{image}"
+    yield Case(name, convolution, convolution, params, None, (image, image, channels))
+
+    model = models.create("resnet18", rngs=nnx.Rngs(0))
+    model.eval()
+    graphdef, weights, batch_stats = train.split_model(model)
+
+    def network(params: PyTree, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, batch_stats)(x)
+
+    yield Case(f"ResNet-18, {photo}x{photo}", model, network, weights, model.constrained, (photo, photo, 3))
+
+
+def variants(case: Case, folder: pathlib.Path) -> dict[str, Measured]:
+    """The variants of a case by name; the ONNX files are written to the folder."""
+    opt_state = cbp_jax.cbp("ternary", mask=cbp_jax.select(include=case.constrained)).init(case.params)
+    example = jax.random.normal(jax.random.key(2), (2, *case.shape))
+
+    def in_onnx(weight_type: str, options: Sequence[Mapping[str, str]]) -> list[Measured]:
+        path = folder / f"{weight_type}.onnx"
+        cbp_jax.export_onnx(case.model, case.params, opt_state, example, path, weight_type)
+        return [Measured(path.stat().st_size, _session(path, option)) for option in options]
+
+    found = {FLOAT: in_onnx("float", [{}])[0]}
+    for weight_type, name in INTEGERS.items():
+        modes = {f"{name} exact": EXACT, f"{name} default": {}} if case.multiplies else {name: {}}
+        found |= zip(modes, in_onnx(weight_type, list(modes.values())), strict=True)
+
+    weights = cbp_jax.quantize(case.params, opt_state)
+    forward = jax.jit(case.forward)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    found[JAX] = Measured(size, lambda x: lambda: np.asarray(forward(weights, x)))  # as an array of NumPy, to wait for it
+    return found
+
+
+def _session(path: pathlib.Path, config: Mapping[str, str]) -> Callable[[jax.Array], Run]:
+    """Loads an ONNX file."""
+    options = onnxruntime.SessionOptions()
+    # Threads that still wait actively for their next task would take time from the variant whose turn comes next.
+    for key, value in {"session.force_spinning_stop": "1", **config}.items():
+        options.add_session_config_entry(key, value)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def bind(x: jax.Array) -> Run:
+        inputs = {"input": np.asarray(x)}
+        return lambda: session.run(None, inputs)[0]
+
+    return bind
+
+
+def measure(found: Mapping[str, Measured], x: jax.Array, seconds: float) -> dict[str, Any]:
+    """Rounds, and for each variant its size, median latency, that over float32's in ONNX, and the difference from JAX."""
+    runs = {name: variant.bind(x) for name, variant in found.items()}
+    outputs, order = {name: run() for name, run in runs.items()}, list(runs)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    for rounds in itertools.count():
+        if rounds >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        random.Random(rounds).shuffle(order)  # a variant leaves the next one its cache, and threads that come to rest late
+        for name in order:
+            turn = time.perf_counter()
+            while (before := time.perf_counter()) < turn + WARM_UP:
+                runs[name]()
+            runs[name]()
+            times[name].append(time.perf_counter() - before)
+    return {
+        "rounds": len(times[FLOAT]),
+        "variants": {
+            name: {
+                "bytes": found[name].bytes,
+                "milliseconds": 1000 * statistics.median(times[name]),
+                # A round's own float32 is the measure of the others in it: load that comes and goes then cancels.
+                "over_float32": statistics.median(a / b for a, b in zip(times[name], times[FLOAT], strict=True)),
+                "difference": float(np.max(np.abs(outputs[name] - outputs[JAX])) / np.max(np.abs(outputs[JAX]))),
+            }
+            for name in runs
+        },
+    }
+
+
+def measure_all() -> dict[str, Any]:
+    """All cases, each with all sizes of batches, and the machine."""
+    seconds = 0.0 if _TINY.value else _SECONDS.value
+    measured = []
+    for case in cases():
+        with tempfile.TemporaryDirectory() as folder:
+            found = variants(case, pathlib.Path(folder))
+        for batch in (1, 2) if _TINY.value else (1, 64):
+            x = jax.random.normal(jax.random.key(3), (batch, *case.shape))
+            measured.append({"case": case.name, "batch": batch, **measure(found, x, seconds)})
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "seconds": seconds,
+        "measured": measured,
+    }
+
+
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """Sentences that say where integers are slower, faster or as fast as float32 in ONNX Runtime."""
+    slower = f"slower than float32 (more than {SLOWER:g} times its time)"
+    faster = f"faster than float32 (less than {FASTER:g} times its time)"
+    equal = "as fast as float32"
+    places: dict[str, list[str]] = {slower: [], faster: [], equal: []}
+    for entry in results["measured"]:
+        ratios = {name: row["over_float32"] for name, row in entry["variants"].items() if name not in (FLOAT, JAX)}
+        for verdict, found in places.items():
+            here = [
+                f"{name} {ratio:.2f}"
+                for name, ratio in ratios.items()
+                if verdict == (slower if ratio > SLOWER else faster if ratio < FASTER else equal)
+            ]
+            if here:
+                found.append(f"{entry['case']}, batch {entry['batch']} ({', '.join(here)})")
+    return [f"Integer weights are {verdict} for: {'; '.join(found) or 'none'}." for verdict, found in places.items()]
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page."""
+    libraries = ", ".join(f"{name} {version}" for name, version in results["libraries"].items())
+    lines = [
+        "# Integer weights in ONNX Runtime",
+        f"{results['cpu']}, {results['cores']} cores, Python {results['python']}, {libraries}; medians over rounds in which each "
+        f"variant runs once, after {WARM_UP:g} s of warming up. By `experiments/benchmarks/onnx_runtime.py`.\n",
+        f"`{FLOAT}` and the integers are files of `export_onnx`, with the same ternary weights; `exact` is with the session option "
+        f"{', '.join(f'`{key}` = `{value}`' for key, value in EXACT.items())}, `default` without; where no matrix product takes "
+        f"packed integers it changes nothing. `{JAX}` is compiled, with the weights as arguments, and its size is that of the "
+        f"weights. Time over float32 is the median of the rounds' ratios to `{FLOAT}`; the difference is the largest from JAX's "
+        "outputs, as a share of the largest.",
+    ]
+    for entry in results["measured"]:
+        rows = [
+            (
+                name,
+                f"{row['bytes'] / 1e6:.3f}",
+                f"{row['milliseconds']:.3f}",
+                f"{row['over_float32']:.2f}",
+                "" if name == JAX else f"{row['difference']:.1e}",
+            )
+            for name, row in entry["variants"].items()
+        ]
+        table = format_table(("weights", "MB", "ms", "time over float32", "difference"), rows)
+        lines += ["", f"## {entry['case']}, batch {entry['batch']} ({entry['rounds']} rounds)", "", table]
+    lines += ["", "## Slower or faster", "", *(f"- {sentence}" for sentence in verdicts(results))]
+    return "\n".join([*lines, "", "The figures are of this run on this machine; others may differ."]) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    jax.config.update("jax_platforms", "cpu")  # where ONNX Runtime computes
+    results = measure_all()
+    out = _OUT.value or (None if _TINY.value else RESULTS)
+    if out:
+        folder = pathlib.Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "onnx_runtime.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        (folder / "onnx_runtime.md").write_text(as_markdown(results))
+    print(as_markdown(results))
+
+
+if __name__ == "__main__":
+    app.run(main)
