@@ -9,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+import cbp_jax
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLE = re.search(r"<!-- tested by tests/readme_test.py -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+DEPLOY = re.search(r"<!-- tested by tests/readme_test.py: deploy -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
 
 
 def test_example(capsys):
@@ -41,6 +44,23 @@ def test_example(capsys):
     assert len(np.unique(namespace["weights"]["head"]["kernel"])) == 48  # left in full precision
     assert "middle/kernel  ternary" in capsys.readouterr().out
     assert namespace["loss"] < loss_fn(params, (images, labels))
+
+
+def test_deployment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 16)), "bias": jnp.ones(16)}
+    state = cbp_jax.cbp("two_bit_shift").init(params)
+
+    def model_fn(params, images):
+        return images @ params["kernel"] + params["bias"]
+
+    namespace = {"cbp_jax": cbp_jax, "jax": jax, "params": params, "state": state, "model_fn": model_fn, "images": jnp.ones((3, 8))}
+    exec(DEPLOY, namespace)
+    quantized = cbp_jax.quantize(params, state)
+    np.testing.assert_array_equal(namespace["weights"]["kernel"], quantized["kernel"])
+    np.testing.assert_allclose(namespace["logits"], model_fn(quantized, namespace["images"]), rtol=1e-5)
+    assert "two_bit_shift" in capsys.readouterr().out
+    assert (tmp_path / "weights.safetensors").exists()
 
 
 def test_example_is_ten_lines_or_so():
