@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from onnx_support import (
+    FACTORS,
     INT2,
     INT4,
     assert_same_outputs,
@@ -28,8 +29,6 @@ from cbp_jax.onnx_export import export_onnx
 from cbp_jax.onnx_weights import level_integers
 
 FLOAT = onnx.TensorProto.FLOAT
-# What a level is to be multiplied by to be an integer.
-FACTORS = {"binary": 1, "ternary": 1, "one_bit_shift": 2, "two_bit_shift": 4}
 
 
 # Constraints and types

@@ -8,6 +8,7 @@ import pytest
 from common import models
 from flax import nnx
 from onnx_support import (
+    FACTORS,
     assert_same_outputs,
     fresh,
     in_jax,
@@ -21,9 +22,6 @@ from onnx_support import (
 
 import cbp_jax
 from cbp_jax.onnx_export import export_onnx
-
-# What a level is to be multiplied by to be an integer.
-FACTORS = {"binary": 1, "ternary": 1, "one_bit_shift": 2, "two_bit_shift": 4}
 
 SMALL = [(small_conv_net, (8, 8, 1)), (small_mlp, (4, 4, 1))]
 

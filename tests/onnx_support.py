@@ -13,6 +13,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("jax2onnx")
 
+# What a level is to be multiplied by to be an integer.
+FACTORS = {"binary": 1, "ternary": 1, "one_bit_shift": 2, "two_bit_shift": 4}
 INT4, INT2 = onnx.TensorProto.INT4, onnx.TensorProto.INT2
 
 
