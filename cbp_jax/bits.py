@@ -30,9 +30,9 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, bits: int, size: int) -> jax.Array:
-    """The first `size` codes of a string of bits, shape=(size,), dtype=uint8, or uint16 above 8 bits."""
+    """The first `size` codes of a string of bits, shape=(size,), in the smallest unsigned dtype."""
     group, width = _group(bits)
-    dtype = jnp.uint8 if bits <= 8 else jnp.uint16
+    dtype = jnp.uint8 if bits <= 8 else jnp.uint16 if bits <= 16 else jnp.uint32
     needed = -(-size // group) * width
     grouped = jnp.pad(packed, (0, needed - packed.size)).reshape(-1, width)
     columns = []

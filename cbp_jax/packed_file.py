@@ -203,8 +203,8 @@ def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:
         return
     for start in range(0, codes.size, _CHUNK * bits):  # whole groups of eight codes
         string = np.unpackbits(codes[start : start + _CHUNK * bits], bitorder="little")
-        table = string[: string.size // bits * bits].reshape(-1, bits).astype(np.uint16)
-        if np.any(table @ (1 << np.arange(bits, dtype=np.uint16)) >= levels):
+        table = string[: string.size // bits * bits].reshape(-1, bits).astype(np.uint32)
+        if np.any(table @ (1 << np.arange(bits, dtype=np.uint32)) >= levels):
             raise ValueError(f"some of its codes are beyond its {levels} levels")
 
 

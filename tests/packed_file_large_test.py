@@ -6,10 +6,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import cbp_jax
+from cbp_jax.bits import pack_bits, unpack_bits
 
 MEASURE = """
 import resource, sys
@@ -48,11 +48,10 @@ def test_memory_of_loading(sizes, tmp_path):
 
 
 @pytest.mark.slow
-def test_more_weights_than_32_bits_count():
-    """2^31 + 24 weights, at one byte each."""
-    with jax.enable_x64(False):
-        params = {"kernel": jnp.ones((2**28 + 3, 8), jnp.bfloat16).at[-1].set(-1)}
-        state = cbp_jax.cbp("binary", multiplier_dtype=jnp.bfloat16, multiplier_optimizer=optax.set_to_zero()).init(params)
-        packed = cbp_jax.pack(params, state)
-        assert packed.tensors["kernel"].codes[-2:].tolist() == [255, 0]
-        assert jnp.array_equal(cbp_jax.unpack(packed)["kernel"], params["kernel"])
+def test_positions_of_bits_beyond_32_bits():
+    """Of 2^28 + 3 codes of 9 bits."""
+    size, bits = 2**28 + 3, 9
+    codes = jnp.arange(size, dtype=jnp.uint32) % 512
+    packed = jax.jit(pack_bits, static_argnums=1)(codes, bits)
+    assert packed.size == (size * bits + 7) // 8
+    assert jnp.array_equal(jax.jit(unpack_bits, static_argnums=(1, 2))(packed, bits, size), codes)

@@ -59,7 +59,7 @@ def string_of_bits(codes, bits):
     return np.frombuffer(number.to_bytes((len(codes) * bits + 7) // 8, "little"), np.uint8)
 
 
-@pytest.mark.parametrize("bits", range(1, 13))
+@pytest.mark.parametrize("bits", [*range(1, 13), 16, 17])
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 29])
 def test_bits(bits, size):
     codes = np.random.default_rng(size).integers(0, 2**bits, size)
