@@ -8,6 +8,7 @@ import optax
 
 from cbp_jax.masking import PyTree, path_string
 from cbp_jax.state import ConstrainedLeaf, constrained_leaves, float_dtype
+from cbp_jax.tables import aligned
 
 # A weight counts as being on its level when it is nearer to it than this share of the scale.
 _ON_LEVEL = 1e-3
@@ -72,15 +73,11 @@ class Report:
 
     def __str__(self) -> str:
         header = ("layer", "constraint", "weights", "scale", "violation", "on level", "multiplier mean", "max")
-        rows = [header, *map(_row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        justify = (str.ljust, str.ljust, *[str.rjust] * (len(header) - 2))
-        lines = ["  ".join(how(cell, width) for how, cell, width in zip(justify, row, widths, strict=True)) for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = aligned([header, *map(_row, self.layers)])
         flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
         if flagged:
             lines.append(f"scale 0 or not finite, so not constrained: {', '.join(flagged)}")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:

@@ -22,6 +22,7 @@ from cbp_jax.bits import pack_bits, unpack_bits
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
 from cbp_jax.state import ConstrainedLeaf, constrained_leaves
+from cbp_jax.tables import aligned
 
 # A weight farther from its level than this share of the scale is not packed without being asked to.
 _OFF_LEVEL = 0.01
@@ -117,10 +118,7 @@ class Packed:
         if others:
             size, nbytes = sum(int(tensor.size) for tensor in others), sum(int(tensor.nbytes) for tensor in others)
             rows.append((f"{len(others)} others", "none", f"{size:,}", "", f"{nbytes:,}", *(("", "") if rounding else ())))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        justify = (str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2))
-        lines = ["  ".join(how(cell, width) for how, cell, width in zip(justify, row, widths, strict=True)) for row in rows]
-        return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        return "\n".join(aligned(rows))
 
 
 def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> Packed:

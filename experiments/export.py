@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 from common import deploy, finished, networks, post_training, runner, train
 from common.loaders import open_data
-from common.report import Summary
+from common.report import Summary, float32_bytes
 from flax import nnx
 
 import cbp_jax
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
         scores = export_onnx(run, path, _WEIGHT_TYPE.value) if onnx else export_packed(run, path, _ROUND.value)
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}".replace("give round=True", "give --round"))
-    size, float32 = path.stat().st_size, deploy.float32_bytes({"params": run.params, "batch_stats": run.batch_stats})
+    size, float32 = path.stat().st_size, float32_bytes({"params": run.params, "batch_stats": run.batch_stats})
     print(f"{path}: {size:,} bytes, {float32 / size:.1f} times less than the {float32:,} of float32")
     print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']:.0f} images, read back from the file")
 

@@ -61,11 +61,6 @@ def rounding_line(packed: cbp_jax.Packed) -> str:
     return f"{share}, the furthest {furthest:.1%}"
 
 
-def float32_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays of a tree as float32."""
-    return sum(4 * leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def onnx_accuracy(path: Path, batches: Iterable[Batch], preprocess: Preprocess) -> dict[str, float]:
     """Accuracy of an ONNX file in ONNX Runtime: "top1" and "top5" as shares of 1, "images".
 

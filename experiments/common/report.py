@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 import cbp_jax
+from common import deploy
 
 PyTree = Any
 
@@ -62,7 +63,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
         rows = [row for row in self.rows(self.path) if row["step"] < step] if step else []
-        for name in ("metrics_ste.jsonl", "summary.json", "table.md", "weights.safetensors", "model.onnx"):
+        for name in ("metrics_ste.jsonl", "summary.json", "table.md", deploy.PACKED_FILE, deploy.ONNX_FILE):
             (self.path / name).unlink(missing_ok=True)
         self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -97,12 +98,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def float32_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree as float32."""
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(tree))
+
+
 def packed_bytes(params: PyTree, opt_state: PyTree) -> tuple[int, int]:
     """Bytes of the parameters with constrained weights as packed codes and a float32 scale, and of all as float32.
 
     Counted from the bits of each constraint, without the container's header.
     """
-    float32 = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    float32 = float32_bytes(params)
     packed = float32
     for layer in jax.eval_shape(cbp_jax.layer_report, params, opt_state).layers:  # sizes alone
         packed += -4 * layer.weights + (layer.weights * layer.bits + 7) // 8 + 4 * layer.scales

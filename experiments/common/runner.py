@@ -272,7 +272,7 @@ def _summary(
     seconds: float,
 ) -> report.Summary:
     constrained = config.phase == "post_train"
-    float32 = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    float32 = report.float32_bytes(state.params)
     packed = report.packed_bytes(state.params, state.opt_state)[0] if constrained else float32
     return report.Summary(
         experiment=experiment,
