@@ -13,6 +13,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from cbp_jax.constraints import Constraint, get_constraint
+from cbp_jax.lagrangian import constraint_sum
 from cbp_jax.masking import (
     Path,
     PyTree,
@@ -159,16 +160,16 @@ def cbp(
         state = _start_of_epoch(state, leaves, ascent, grow, patience)
 
         grads = dict(flatten_with_paths(updates))
-        constraint_sum = jnp.zeros((), float_dtype())
-        for leaf, multiplier in zip(leaves, jax.tree.leaves(state.multipliers), strict=True):
-            rule, w, scale, grad = leaf.constraint, leaf.weight, leaf.scale, grads.get(leaf.path)
+        multipliers = jax.tree.leaves(state.multipliers)
+        leaves = [leaf._replace(multiplier=multiplier) for leaf, multiplier in zip(leaves, multipliers, strict=True)]
+        total, window = (None, state.window) if value is None else constraint_sum(leaves, state.window)
+        for path, w, rule, scale, multiplier in leaves:
+            grad = grads.get(path)
             if grad is None:
-                raise ValueError(f"the updates lack {path_string(leaf.path)!r}, which is constrained: give all gradients")
-            grads[leaf.path] = (grad + multiplier * rule.violation_grad(w, scale, state.window)).astype(grad.dtype)
-            if value is not None:
-                constraint_sum += jnp.sum(multiplier * rule.violation(w, scale, state.window), dtype=float_dtype())
+                raise ValueError(f"the updates lack {path_string(path)!r}, which is constrained: give all gradients")
+            grads[path] = (grad + multiplier * rule.violation_grad(w, scale, window)).astype(grad.dtype)
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
-        return updates, _end_of_step(state, value, constraint_sum, steps_per_epoch)
+        return updates, _end_of_step(state, value, total, steps_per_epoch)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -212,14 +213,14 @@ def _start_of_epoch(
     )
 
 
-def _end_of_step(state: CBPState, value: ArrayLike | None, constraint_sum: jax.Array, steps_per_epoch: ArrayLike) -> CBPState:
-    """Adds the step's Lagrangian to the epoch's, and counts."""
-    if value is None:
+def _end_of_step(state: CBPState, value: ArrayLike | None, total: jax.Array | None, steps_per_epoch: ArrayLike) -> CBPState:
+    """Adds the step's Lagrangian, the loss plus the constraint's total, to the epoch's, and counts."""
+    if value is None or total is None:
         total = jnp.array(-jnp.inf, float_dtype())
     elif jnp.shape(value) != ():
         raise ValueError(f"value must be the loss, a scalar; got shape {jnp.shape(value)}")
     else:
-        total = jnp.asarray(value, float_dtype()) + constraint_sum
+        total = jnp.asarray(value, float_dtype()) + total
     usable = jnp.isfinite(total)
     position = state.step_in_epoch + 1
     return state._replace(

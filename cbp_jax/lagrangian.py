@@ -1,0 +1,127 @@
+"""The constraint's part of the Lagrangian, `sum(multiplier * violation)`, in the form each compiler makes the least work of.
+
+It is a sum of an elementwise expression over every constrained weight, so it should cost one reading of the weights and the
+multipliers at most, and nothing where it fits into the pass that adds the constraint's gradient. Left to itself, XLA does so on a
+TPU only:
+
+- On a CPU it does not vectorise such a sum: it writes all products to memory first, and keeps a copy of the weights, which a
+  donated step overwrites. Here blocks of products are added to one short vector, which stays in the cache.
+- On a GPU it starts two or three kernels a tensor, and writes the products of some. Here each tensor is summed in short rows, which
+  XLA fuses with the gradient and the optimizer into one kernel a tensor, and the rows of all tensors are added up at the end.
+
+`experiments/benchmarks` has what this was measured with.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from cbp_jax.constraints import Constraint
+from cbp_jax.state import ConstrainedLeaf, float_dtype
+
+# A function of weights, scale, multipliers and window: the products, in the dtype of the sum.
+Products = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Arrays = tuple[jax.Array, ...]
+_Sum = Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[jax.Array, jax.Array]]
+
+_BLOCK = 2**16  # numbers at least, on a CPU: a block of weights, one of multipliers and their sums should fit a level-2 cache
+_ROW = 64  # numbers in a row on a GPU: at this length XLA fuses every tensor of a ResNet-50, at 128 not
+
+
+def constraint_sum(leaves: Sequence[ConstrainedLeaf], window: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`sum(multiplier * violation(w, window))` over all constrained weights, and the window to compute the gradients with.
+
+    The second is the window given, but on a CPU it depends on the sum, which therefore is done with the weights before a donated
+    step overwrites them; else XLA copies them first.
+
+    Args:
+      leaves: the constrained leaves, with the multipliers in force.
+      window: shape (), float.
+
+    Returns:
+      The sum, shape (), float32, or float64 under x64; and the window.
+    """
+    if not leaves:
+        return jnp.zeros((), float_dtype()), window
+    constraints = tuple(leaf.constraint for leaf in leaves)
+    weights, scales, multipliers = zip(*((leaf.weight, leaf.scale, leaf.multiplier) for leaf in leaves), strict=True)
+    return _constraint_sum(constraints, weights, scales, multipliers, window)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that calls outside of jit compile once
+def _constraint_sum(
+    constraints: tuple[Constraint, ...], weights: Arrays, scales: Arrays, multipliers: Arrays, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    products = [_products(constraint) for constraint in constraints]
+    plain = functools.partial(_plainly, products)
+    if any(AxisType.Explicit in jax.typeof(w).sharding.mesh.axis_types for w in weights):
+        return plain(weights, scales, multipliers, window)  # the others reshape, which explicit shardings need not allow
+    in_rows = functools.partial(_in_rows, products)
+    by_platform: dict[str, _Sum] = {"cpu": functools.partial(_in_blocks, products), "cuda": in_rows, "rocm": in_rows}
+    return lax.platform_dependent(weights, scales, multipliers, window, default=plain, **by_platform)
+
+
+def _products(constraint: Constraint) -> Products:
+    def products(w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array) -> jax.Array:
+        return (multiplier * constraint.violation(w, scale, window)).astype(float_dtype())
+
+    return products
+
+
+def _plainly(
+    products: Sequence[Products], weights: Arrays, scales: Arrays, multipliers: Arrays, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    tensors = zip(products, weights, scales, multipliers, strict=True)
+    return sum((jnp.sum(product(w, a, m, window)) for product, w, a, m in tensors), jnp.zeros((), float_dtype())), window
+
+
+def _in_rows(
+    products: Sequence[Products], weights: Arrays, scales: Arrays, multipliers: Arrays, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    sums = []
+    for product, w, scale, multiplier in zip(products, weights, scales, multipliers, strict=True):
+        values = jnp.atleast_1d(product(w, scale, multiplier, window))
+        last = values.shape[-1]
+        row = max(n for n in range(1, _ROW + 1) if last % n == 0)
+        rows = (*values.shape[:-1], last // row, row) if row >= 8 else (1, values.size)  # or none worth a kernel of its own
+        values = jnp.sum(values.reshape(rows), axis=-1).reshape(-1)
+        # Through a gather, which keeps the sharding of one tensor from spreading to the others, and is fused.
+        sums.append(values.at[jnp.arange(values.size)].get(mode="promise_in_bounds"))
+    # Without the barrier XLA sums before it concatenates, with a kernel or two for each tensor.
+    return jnp.sum(lax.optimization_barrier(jnp.concatenate(sums))), window
+
+
+def _in_blocks(
+    products: Sequence[Products], weights: Arrays, scales: Arrays, multipliers: Arrays, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    tensors = zip(products, weights, scales, multipliers, strict=True)
+    total = sum((_sum_blocks(product, w, a, m, window) for product, w, a, m in tensors), jnp.zeros((), float_dtype()))
+    # It is never less than minus infinity, which XLA does not know.
+    return total, jnp.where(total < -jnp.inf, jnp.nan, window)
+
+
+def _sum_blocks(product: Products, w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array) -> jax.Array:
+    first = next((axis for axis, n in enumerate(scale.shape) if n > 1), w.ndim)  # along the axes before, the scale is the same
+    inner = w.shape[first:]
+    width = math.prod(inner)
+    blocks = w.size // (_BLOCK // width * width) if 0 < width <= _BLOCK else 0
+    if blocks < 2:
+        return jnp.sum(product(w, scale, multiplier, window))
+    shape = (w.size // width // blocks, *inner)
+    size, flat = math.prod(shape), (w.reshape(-1), multiplier.reshape(-1))
+    scale = scale.reshape(scale.shape[first:])
+
+    def add_block(i: jax.Array, sums: jax.Array) -> jax.Array:
+        block, its = (lax.dynamic_slice_in_dim(array, i * size, size).reshape(shape) for array in flat)
+        return sums + product(block, scale, its, window)
+
+    total = jnp.sum(lax.fori_loop(0, blocks, add_block, jnp.zeros(shape, float_dtype())))
+    if blocks * size == w.size:
+        return total
+    rest, its = (array[blocks * size :].reshape(-1, *inner) for array in flat)
+    return total + jnp.sum(product(rest, scale, its, window))
