@@ -28,7 +28,7 @@ def post_training(
     Raises:
       ValueError: if the method is not known.
     """
-    options: dict[str, Any] = {"multiplier_learning_rate": config.multiplier_learning_rate, "lr_decay": config.lr_decay}
+    options = multiplier_options(config) | {"lr_decay": config.lr_decay}
     if config.method == "no_window":
         options |= {"initial_window": float("inf"), "lr_decay": 1.0}
     elif config.method == "ste":
@@ -46,6 +46,24 @@ def post_training(
         mask=cbp_jax.select(include=constrained),
         **options,
     )
+
+
+def multiplier_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What the config says about the multipliers, as arguments of `cbp_jax.cbp_sgd`.
+
+    The rule "sign" adds `multiplier_learning_rate` to the multiplier of every weight that violates its constraint, which is what
+    Adam does in its first step.
+
+    Raises:
+      ValueError: if the rule is not known.
+    """
+    rules = {"adam": optax.adam, "sign": optax.sign_sgd}
+    if config.multiplier_rule not in rules:
+        raise ValueError(f"--config.multiplier_rule={config.multiplier_rule!r} is none of {', '.join(rules)}")
+    return {
+        "multiplier_optimizer": rules[config.multiplier_rule](config.multiplier_learning_rate),
+        "multiplier_dtype": config.multiplier_dtype,
+    }
 
 
 def window_growth(factor: float) -> Callable[[jax.Array], jax.Array] | None:

@@ -132,7 +132,7 @@ def compare(
     cbp = post_train(
         job,
         pretrained,
-        _cbp_optimizer(job, constraint),
+        cbp_optimizer(job, constraint),
         f"{constraint} CBP",
         lambda row: config.learning_rate * (config.lr_decay if row["window"] >= config.lr_decay_window else 1.0),
         folder.append_metrics,
@@ -229,7 +229,7 @@ def restore(job: Job, workdir: Path, constraint: str, params: PyTree, batch_stat
       ValueError: if it is damaged, or of another network or constraint.
     """
     return checkpoints.restore(
-        workdir / "checkpoints" / "final", train.init_state(params, batch_stats, _cbp_optimizer(job, constraint))
+        workdir / "checkpoints" / "final", train.init_state(params, batch_stats, cbp_optimizer(job, constraint))
     )
 
 
@@ -238,8 +238,10 @@ def accuracy_of(job: Job, weights: PyTree, batch_stats: PyTree) -> dict[str, flo
     return train.make_evaluate(job.graphdef)(weights, batch_stats, test_batches(job))
 
 
-def _cbp_optimizer(job: Job, constraint: str) -> Any:
-    return _optimizer(job, constraint, job.config.learning_rate, lr_decay=job.config.lr_decay)
+def cbp_optimizer(job: Job, constraint: str) -> optax.GradientTransformationExtraArgs:
+    """The paper's recipe, with the settings of the job."""
+    options = optimizers.multiplier_options(job.config)
+    return _optimizer(job, constraint, job.config.learning_rate, lr_decay=job.config.lr_decay, **options)
 
 
 def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
@@ -249,7 +251,6 @@ def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule,
         constraint,
         steps_per_epoch=config.steps_per_epoch,
         patience=config.patience,
-        multiplier_learning_rate=config.multiplier_learning_rate,
         weight_decay=config.weight_decay,
         lr_decay_window=config.lr_decay_window,
         window_growth=optimizers.window_growth(config.window_factor),
