@@ -5,7 +5,7 @@ multipliers at most, and nothing where it fits into the pass that adds the const
 TPU only:
 
 - On a CPU it does not vectorise such a sum: it writes all products to memory first, and keeps a copy of the weights, which a
-  donated step overwrites. Here blocks of products are added to one short vector, which stays in the cache.
+  donated step overwrites. Here blocks of products are added to one block of sums, which stays in the cache, tensor after tensor.
 - On a GPU it starts two or three kernels a tensor, and writes the products of some. Here each tensor is summed in short rows, which
   XLA fuses with the gradient and the optimizer into one kernel a tensor, and the rows of all tensors are added up at the end.
 
@@ -29,7 +29,7 @@ Products = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Arrays = tuple[jax.Array, ...]
 _Sum = Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[jax.Array, jax.Array]]
 
-_BLOCK = 2**16  # numbers at least, on a CPU: a block of weights, one of multipliers and their sums should fit a level-2 cache
+_BLOCK = 2**18  # numbers at least, on a CPU: enough to share out among its cores, few enough that their sums stay in a cache
 _ROW = 64  # numbers in a row on a GPU: at this length XLA fuses every tensor of a ResNet-50, at 128 not
 
 
@@ -99,29 +99,34 @@ def _in_rows(
 def _in_blocks(
     products: Sequence[Products], weights: Arrays, scales: Arrays, multipliers: Arrays, window: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    tensors = zip(products, weights, scales, multipliers, strict=True)
-    total = sum((_sum_blocks(product, w, a, m, window) for product, w, a, m in tensors), jnp.zeros((), float_dtype()))
-    # It is never less than minus infinity, which XLA does not know.
-    return total, jnp.where(total < -jnp.inf, jnp.nan, window)
+    total = jnp.zeros((), float_dtype())
+    for product, w, scale, multiplier in zip(products, weights, scales, multipliers, strict=True):
+        total += _sum_blocks(product, w, scale, multiplier, window)
+        # So the tensors come one after another, and use the same memory: XLA does not know that no sum is below minus infinity.
+        window = jnp.where(total < -jnp.inf, jnp.nan, window)
+    return total, window
 
 
 def _sum_blocks(product: Products, w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array) -> jax.Array:
-    first = next((axis for axis, n in enumerate(scale.shape) if n > 1), w.ndim)  # along the axes before, the scale is the same
-    inner = w.shape[first:]
-    width = math.prod(inner)
-    blocks = w.size // (_BLOCK // width * width) if 0 < width <= _BLOCK else 0
-    if blocks < 2:
+    if w.ndim < 2 or w.size < 2 * _BLOCK or (scale.ndim and scale.shape[-2] > 1):
         return jnp.sum(product(w, scale, multiplier, window))
-    shape = (w.size // width // blocks, *inner)
-    size, flat = math.prod(shape), (w.reshape(-1), multiplier.reshape(-1))
-    scale = scale.reshape(scale.shape[first:])
+    *leading, rows, columns = w.shape
+    # Every so many rows belong to a block: where the rows are shared out among devices, each has its part of all blocks.
+    strides = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or rows // n * columns >= _BLOCK))
+    height = rows // strides
+    if scale.ndim:
+        scale = jnp.broadcast_to(scale, (*leading, 1, scale.shape[-1])).reshape(-1, scale.shape[-1])
+    matrices = math.prod(leading)
+    # Without axes of one, for which XLA would copy the tensors into another layout.
+    axes = [axis for axis, n in enumerate((matrices, height, strides, columns)) if n > 1 or axis in (1, 3)]
+    view, size = ([shape[axis] for axis in axes] for shape in ((matrices, height, strides, columns), (1, height, 1, columns)))
+    tensors = [array.reshape(view) for array in (w, multiplier)]
 
     def add_block(i: jax.Array, sums: jax.Array) -> jax.Array:
-        block, its = (lax.dynamic_slice_in_dim(array, i * size, size).reshape(shape) for array in flat)
-        return sums + product(block, scale, its, window)
+        matrix, zero = i // strides, jnp.zeros_like(i)
+        start = [(matrix, zero, i % strides, zero)[axis] for axis in axes]
+        block, its = (lax.dynamic_slice(tensor, start, size).reshape(height, columns) for tensor in tensors)
+        return sums + product(block, scale[matrix] if scale.ndim else scale, its, window)
 
-    total = jnp.sum(lax.fori_loop(0, blocks, add_block, jnp.zeros(shape, float_dtype())))
-    if blocks * size == w.size:
-        return total
-    rest, its = (array[blocks * size :].reshape(-1, *inner) for array in flat)
-    return total + jnp.sum(product(rest, scale, its, window))
+    zero = jnp.where(window < -jnp.inf, jnp.nan, jnp.zeros((), float_dtype()))  # not to be had before the window is
+    return jnp.sum(lax.fori_loop(0, matrices * strides, add_block, jnp.broadcast_to(zero, (height, columns))))

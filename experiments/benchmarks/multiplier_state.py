@@ -8,8 +8,6 @@ multipliers and moments over those of the constrained weights in float32. Writes
 `.md`.
 """
 
-import json
-import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +16,14 @@ import digits
 import fashion_mnist
 import jax
 from absl import app, flags
+from benchmarks import timing
 from common import post_training
 from common.report import format_table
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 EXPERIMENTS = {"digits": digits, "fashion_mnist": fashion_mnist}
 SETTINGS = {
     "Adam, float32": ("adam", "float32"),
-    "Adam, bfloat16": ("adam", "bfloat16"),
-    "sign, bfloat16": ("sign", "bfloat16"),
+    "capped, bfloat16": ("capped", "bfloat16"),
 }
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", "digits", list(EXPERIMENTS), "Whose runs.")
@@ -81,7 +78,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     table = format_table(("constraint", "multipliers", "copies", "top-1, %", "CFS / scale, worst"), cells)
     return (
         f"# What the multipliers keep: {results['experiment']}\n"
-        f"Mean and standard deviation over {results['seeds']} seeds, jax {results['jax']}, on {results['device']}. Copies: bytes "
+        f"Mean and standard deviation over {results['seeds']} seeds, {timing.described(results)}. Copies: bytes "
         "of multipliers and their moments over those of the constrained weights in float32. By "
         f"`python -m benchmarks.multiplier_state --experiment={results['experiment']}`.\n\n{table}\n"
     )
@@ -90,18 +87,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    results = {
-        "experiment": _EXPERIMENT.value,
-        "seeds": _SEEDS.value,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "runs": measure(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    name = f"multiplier_state_{_EXPERIMENT.value}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (RESULTS / f"{name}.md").write_text(as_markdown(results))
-    print(as_markdown(results))
+    results = timing.environment() | {"experiment": _EXPERIMENT.value, "seeds": _SEEDS.value, "runs": measure()}
+    timing.write(f"multiplier_state_{_EXPERIMENT.value}", results, as_markdown(results))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,7 @@ The batch is on the device; the candidates take turns, so that other load meets 
 `results/train_step_NETWORK.json` and `.md`.
 """
 
-import json
-import pathlib
-import platform
 import statistics
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from benchmarks import timing
 from common import images, models, optimizers, preflight, settings, train
 from common.report import format_table
 from flax import nnx
 
 import cbp_jax
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 PLAIN = "plain"
 METHODS = (PLAIN, "binary", "ternary", "one_bit_shift", "two_bit_shift")
 
@@ -62,16 +58,11 @@ class Candidate:
         self._step = step.lower(self._state, batch).compile()
         self.bytes = preflight.memory_needed(self._step)
         self._batch = batch
-        self.seconds(2)  # the first step has the epoch's start in it, and warms up the device
 
-    def seconds(self, steps: int) -> float:
-        """Wall time of so many steps."""
-        jax.block_until_ready(self._state)
-        started = time.perf_counter()
-        for _ in range(steps):
+    def __call__(self) -> train.TrainState:
+        for _ in range(_STEPS.value):
             self._state, _ = self._step(self._state, self._batch)
-        jax.block_until_ready(self._state)
-        return time.perf_counter() - started
+        return self._state
 
 
 def measure() -> dict[str, Any]:
@@ -84,26 +75,16 @@ def measure() -> dict[str, Any]:
         "jitter": jnp.asarray(rng.uniform(0.8, 1.2, (count, 3)).astype(np.float32)),
     }
     candidates = {method: Candidate(method, batch) for method in METHODS}
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(_REPETITIONS.value):
-        for method, candidate in candidates.items():
-            seconds[method].append(candidate.seconds(_STEPS.value))
-    # A turn's own plain steps are the measure of the others in it: load that comes and goes then cancels.
-    over_plain = {
-        method: statistics.median(a / b for a, b in zip(times, seconds[PLAIN], strict=True)) for method, times in seconds.items()
-    }
-    return {
+    seconds = timing.take_turns(candidates, _REPETITIONS.value)
+    return timing.environment() | {
         "network": _NETWORK.value,
         "batch_size": count,
         "image_size": size,
         "dtype": _DTYPE.value,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
         "steps": _STEPS.value,
         "repetitions": _REPETITIONS.value,
         "images_per_second": {method: count * _STEPS.value / statistics.median(times) for method, times in seconds.items()},
-        "time_over_plain": over_plain,
+        "time_over_plain": {method: timing.ratio(seconds, method, PLAIN) for method in seconds},
         "gib": {method: candidate.bytes / 2**30 for method, candidate in candidates.items()},
     }
 
@@ -129,11 +110,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     results = measure()
-    RESULTS.mkdir(exist_ok=True)
-    name = f"train_step_{_NETWORK.value}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (RESULTS / f"{name}.md").write_text(as_markdown(results))
-    print(as_markdown(results))
+    timing.write(f"train_step_{_NETWORK.value}", results, as_markdown(results))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import optax
 import cbp_jax
 
 METHODS = ("cbp", "no_window", "ste")
+_CAP = 3e-3  # of the violation under the multiplier rule "capped", in the unit of the weights
 
 
 def post_training(
@@ -51,19 +52,17 @@ def post_training(
 def multiplier_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What the config says about the multipliers, as arguments of `cbp_jax.cbp_sgd`.
 
-    The rule "sign" adds `multiplier_learning_rate` to the multiplier of every weight that violates its constraint, which is what
-    Adam does in its first step.
+    The rule "capped" keeps no moments: `multiplier += rate * min(violation / 0.003, 1)`, so multipliers move as far as under Adam
+    where the constraint is not met, and come to rest where it is.
 
     Raises:
       ValueError: if the rule is not known.
     """
-    rules = {"adam": optax.adam, "sign": optax.sign_sgd}
+    rate = config.multiplier_learning_rate
+    rules = {"adam": optax.adam(rate), "capped": optax.chain(optax.clip(_CAP), optax.sgd(rate / _CAP))}
     if config.multiplier_rule not in rules:
         raise ValueError(f"--config.multiplier_rule={config.multiplier_rule!r} is none of {', '.join(rules)}")
-    return {
-        "multiplier_optimizer": rules[config.multiplier_rule](config.multiplier_learning_rate),
-        "multiplier_dtype": config.multiplier_dtype,
-    }
+    return {"multiplier_optimizer": rules[config.multiplier_rule], "multiplier_dtype": config.multiplier_dtype}
 
 
 def window_growth(factor: float) -> Callable[[jax.Array], jax.Array] | None:

@@ -23,8 +23,8 @@ def small_experiment() -> ml_collections.ConfigDict:
     config.lr_decay = 0.1  # of the learning rate under CBP, from lr_decay_window on
     config.lr_decay_window = 20
     config.multiplier_learning_rate = 1e-3
-    config.multiplier_rule = "adam"  # or sign, which needs no moments
-    config.multiplier_dtype = "float32"  # or bfloat16; with sign, half a float32 number a weight in place of three
+    config.multiplier_rule = "adam"  # or capped, which keeps no moments
+    config.multiplier_dtype = "float32"  # or bfloat16; capped, that is half a float32 number a weight in place of three
     config.patience = 5
     config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
     config.weight_decay = 1e-4
@@ -63,8 +63,8 @@ def long_experiment(network: str, constraint: str) -> ml_collections.ConfigDict:
     config.lr_decay = 0.1  # of the learning rate under CBP, from lr_decay_window on
     config.lr_decay_window = 20
     config.multiplier_learning_rate = 1e-4
-    config.multiplier_rule = "adam"  # or sign, which needs no moments
-    config.multiplier_dtype = "float32"  # or bfloat16; with sign, half a float32 number a weight in place of three
+    config.multiplier_rule = "adam"  # or capped, which keeps no moments
+    config.multiplier_dtype = "float32"  # or bfloat16; capped, that is half a float32 number a weight in place of three
     config.patience = 20
     config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
     config.weight_decay = 1e-4

@@ -1,0 +1,121 @@
+"""The optimizer's step on the parameters of ResNet-50: plain SGD with momentum, and CBP before it, under every constraint.
+
+    cd experiments && python -m benchmarks.optimizer_step
+    cd experiments && python -m benchmarks.optimizer_step --authors=CLONE     # dooseokjeong/CBP; needs torch
+
+A step is `optimizer.update` and `optax.apply_updates`, jitted, its parameters and state donated; each is timed with the loss, and
+without it, which leaves out the Lagrangian's sum. Memory and compile time are those of the compiled step. With the authors' code
+the same tensors go through its constraint function and its optimizer, as its training loop calls them, in turns with ours. Writes
+`results/optimizer_step.json` and `.md`.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import optax
+from absl import app, flags
+from benchmarks import authors, timing, weights
+from benchmarks.steps import Step
+from common.report import format_table
+
+import cbp_jax
+
+PLAIN = "SGD with momentum"
+CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
+
+_AUTHORS = flags.DEFINE_string("authors", "", "A clone of the authors' repository.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Steps timed together; more where a step takes microseconds.")
+_TURNS = flags.DEFINE_integer("turns", 15, "Of each candidate.")
+
+
+def optimizers(mask: Any) -> Iterator[tuple[str, optax.GradientTransformation, bool]]:
+    """Name, optimizer, and whether it is given the loss."""
+    sgd = optax.sgd(1e-3, momentum=0.9)
+    yield PLAIN, sgd, False
+    for constraint in CONSTRAINTS:
+        chain = optax.chain(cbp_jax.cbp(constraint, mask=mask), sgd)
+        recipe = cbp_jax.cbp_sgd(1e-3, constraint, mask=mask)
+        for kind, optimizer in (("chain", chain), ("cbp_sgd", recipe)):
+            yield f"{kind}, {constraint}", optimizer, True
+            yield f"{kind}, {constraint}, without the sum", optimizer, False
+    light = {"multiplier_optimizer": optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3)), "multiplier_dtype": "bfloat16"}
+    yield "chain, ternary, light state", optax.chain(cbp_jax.cbp("ternary", mask=mask, **light), sgd), True
+
+
+def measure() -> dict[str, Any]:
+    """Of each candidate: milliseconds, time over plain, state, peak memory, compile time."""
+    shapes, mask = weights.resnet50()
+    grads = weights.random(shapes, seed=1)
+    params = weights.random(shapes, seed=0)
+    steps = {name: Step(optimizer, params, grads, with_value, _STEPS.value) for name, optimizer, with_value in optimizers(mask)}
+    candidates: dict[str, Any] = dict(steps)
+    theirs = {}
+    if _AUTHORS.value:
+        theirs = authors.steps(_AUTHORS.value, params, grads, mask(shapes), CONSTRAINTS, _STEPS.value)
+    seconds = timing.take_turns(candidates | theirs, _TURNS.value)
+    rows: dict[str, dict[str, float]] = {}
+    for name, times in seconds.items():
+        reference = authors.PLAIN if name in theirs else PLAIN
+        rows[name] = {
+            "milliseconds": 1000 * statistics.median(times) / _STEPS.value,
+            "over_plain": timing.ratio(seconds, name, reference),
+            "over_ours": timing.ratio(seconds, name, PLAIN),
+        }
+        if name in steps:
+            step = steps[name]
+            rows[name] |= {"state": step.state_bytes, "peak": step.peak_bytes, "compile_seconds": step.compile_seconds}
+    chosen = jax.tree.leaves(mask(shapes))
+    constrained = sum(leaf.size for leaf, flag in zip(jax.tree.leaves(shapes), chosen, strict=True) if flag)
+    return timing.environment() | {
+        "weights": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        "constrained": constrained,
+        "steps": _STEPS.value,
+        "turns": _TURNS.value,
+        "candidates": rows,
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page."""
+    plain = results["candidates"][PLAIN]
+    ours, theirs = [], []
+    for name, row in results["candidates"].items():
+        if "state" in row:
+            copies = (row["state"] - plain["state"]) / (4 * results["constrained"])
+            ours.append(
+                (
+                    name,
+                    f"{row['milliseconds']:.2f}",
+                    f"{row['over_plain']:.2f}",
+                    f"{copies:.2f}",
+                    f"{row['peak'] / 2**20:.0f}",
+                    f"{row['compile_seconds']:.1f}",
+                )
+            )
+        else:
+            theirs.append((name, f"{row['milliseconds']:.1f}", f"{row['over_plain']:.1f}", f"{row['over_ours']:.1f}"))
+    parts = [
+        "# The optimizer's step on ResNet-50\n"
+        f"{results['weights']:,} parameters, {results['constrained']:,} of them constrained, {timing.described(results)}; medians "
+        f"of {results['turns']} turns of {results['steps']} steps. Copies: what the state has beyond plain's, over the constrained "
+        "weights in float32. Peak: arguments, results and temporary memory of the compiled step, gradients among them. By "
+        "`python -m benchmarks.optimizer_step`.",
+        format_table(("optimizer", "ms", "time over plain", "copies", "peak, MiB", "compile, s"), ours),
+    ]
+    if theirs:
+        header = ("the authors' code", "ms", "time over its own plain", "time over our plain")
+        parts += ["The authors' PyTorch code, in turns with the above:", format_table(header, theirs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    results = measure()
+    timing.write(f"optimizer_step{timing.suffix()}", results, as_markdown(results))
+
+
+if __name__ == "__main__":
+    app.run(main)

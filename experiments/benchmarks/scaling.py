@@ -1,0 +1,115 @@
+"""The cost of CBP in the optimizer's step against the number of weights, and against the number of devices.
+
+    cd experiments && python -m benchmarks.scaling
+
+Plain SGD with momentum and, before it, ternary CBP on square matrices: from a million weights to as many as memory holds, four
+times as many each; then 16 million on 1, 2, 4 and 8 devices, each with all of them or with its share. On a CPU the devices are
+virtual and share its cores, so only the ratio says something. Writes `results/scaling.json` and `.md`.
+"""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from benchmarks import timing, weights
+from benchmarks.steps import Step
+from common import preflight
+from common.report import format_table
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cbp_jax
+
+PLAIN, CBP = "SGD with momentum", "CBP"
+_SMALLEST = 2**20
+_SHARED = 2**24
+# Float32 numbers a weight: of three steps weights and momentum, of two multipliers and two moments, and gradients and a start.
+_WORDS = 3 * 2 + 2 * 3 + 2
+
+_LARGEST = flags.DEFINE_integer("largest", 0, "Weights at most; 0: as many as fit the device's free memory.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Steps timed together; more where a step takes microseconds.")
+_TURNS = flags.DEFINE_integer("turns", 9, "Of each candidate.")
+
+
+def compare(shapes: Any, sharding: Any = None) -> dict[str, float]:
+    """Milliseconds of both, and their ratio."""
+    params, grads = (weights.random(shapes, seed) for seed in (0, 1))
+    if sharding is not None:
+        params, grads = jax.device_put((params, grads), sharding)
+    sgd = optax.sgd(1e-3, momentum=0.9)
+    optimizers = {PLAIN: sgd, CBP: optax.chain(cbp_jax.cbp("ternary"), sgd), f"{CBP}, without the sum": None}
+    candidates = {
+        name: Step(optimizer or optimizers[CBP], params, grads, name == CBP, _STEPS.value) for name, optimizer in optimizers.items()
+    }
+    del params
+    seconds = timing.take_turns(candidates, _TURNS.value)
+    return {
+        "milliseconds": 1000 * statistics.median(seconds[PLAIN]) / _STEPS.value,
+        "cbp_milliseconds": 1000 * statistics.median(seconds[CBP]) / _STEPS.value,
+        "over_plain": timing.ratio(seconds, CBP, PLAIN),
+        "without_sum_over_plain": timing.ratio(seconds, f"{CBP}, without the sum", PLAIN),
+        "state_copies": candidates[CBP].state_bytes / (4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))) - 1,
+    }
+
+
+def measure() -> dict[str, Any]:
+    """By size, on one device; by devices, in both layouts."""
+    most = _LARGEST.value or preflight.memory_there() // (4 * _WORDS)
+    sizes = {}
+    count = _SMALLEST
+    while count <= most:
+        sizes[count] = compare(weights.dense(count))
+        count *= 4
+    devices = []
+    for number in (1, 2, 4, 8):
+        if number > jax.device_count():
+            break
+        mesh = Mesh(np.array(jax.devices()[:number]), ("devices",))
+        for layout, spec in {"each has all": P(), "each has its share": P("devices")}.items():
+            row = compare(weights.dense(_SHARED), NamedSharding(mesh, spec))
+            devices.append({"devices": number, "layout": layout} | row)
+    return timing.environment() | {
+        "turns": _TURNS.value,
+        "steps": _STEPS.value,
+        "sizes": {str(count): row for count, row in sizes.items()},
+        "by_devices": devices,
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page."""
+
+    def cells(row: Mapping[str, float]) -> tuple[str, ...]:
+        times = (f"{row['milliseconds']:.2f}", f"{row['cbp_milliseconds']:.2f}")
+        return (*times, f"{row['over_plain']:.2f}", f"{row['without_sum_over_plain']:.2f}")
+
+    header = ("plain, ms", "CBP, ms", "CBP over plain", "without the sum")
+    sizes = [(f"{int(count):,}", *cells(row)) for count, row in results["sizes"].items()]
+    devices = [(str(row["devices"]), row["layout"], *cells(row)) for row in results["by_devices"]]
+    virtual = (
+        " These are virtual and share the cores of one CPU: only the ratio says something." if results["platform"] == "cpu" else ""
+    )
+    return (
+        "# The optimizer's step against the number of weights and of devices\n"
+        f"Plain SGD with momentum and ternary CBP before it, all weights constrained, {timing.described(results)}; medians of "
+        f"{results['turns']} turns of {results['steps']} steps. By `python -m benchmarks.scaling`.\n\n"
+        f"{format_table(('weights', *header), sizes)}\n\n"
+        f"{_SHARED:,} weights on several devices.{virtual}\n\n"
+        f"{format_table(('devices', 'weights', *header), devices)}\n"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    jax.config.update("jax_num_cpu_devices", 8)
+    results = measure()
+    timing.write(f"scaling{timing.suffix()}", results, as_markdown(results))
+
+
+if __name__ == "__main__":
+    app.run(main)

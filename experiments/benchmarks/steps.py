@@ -1,0 +1,52 @@
+"""An optimizer's step on its own, compiled, and timed without a network around it."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from benchmarks import timing
+from common import preflight
+
+PyTree = Any
+
+
+def make_step(optimizer: optax.GradientTransformation, with_value: bool) -> Any:
+    """(params, state, grads, loss) -> (params, state), jitted, the first two donated."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(params: PyTree, state: PyTree, grads: PyTree, loss: jax.Array) -> tuple[PyTree, PyTree]:
+        extra = {"value": loss} if with_value else {}
+        updates, state = optimizer.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+class Step:
+    """A compiled step, with parameters and a state of its own; a call takes `count` steps.
+
+    Args:
+      optimizer: to be timed.
+      params: where it starts from; they are copied.
+      grads: what it is given in every step.
+      with_value: whether it is given the loss too.
+      count: steps of a call.
+    """
+
+    def __init__(self, optimizer: optax.GradientTransformation, params: PyTree, grads: PyTree, with_value: bool, count: int):
+        self._params = jax.tree.map(jnp.copy, params)
+        self._state = optimizer.init(self._params)
+        self._rest = (grads, jnp.float32(1))
+        self._count = count
+        self.state_bytes = timing.tree_bytes(self._state)
+        started = time.perf_counter()
+        self._step = make_step(optimizer, with_value).lower(self._params, self._state, *self._rest).compile()
+        self.compile_seconds = time.perf_counter() - started
+        self.peak_bytes = preflight.memory_needed(self._step)
+
+    def __call__(self) -> PyTree:
+        for _ in range(self._count):
+            self._params, self._state = self._step(self._params, self._state, *self._rest)
+        return self._params, self._state
