@@ -17,14 +17,13 @@ import difflib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-# Up to this many levels a chain of compares and selects is used, which vectorises best; above it, a bisection.
-_LONGEST_CHAIN = 16
+from cbp_jax.step_function import step_function
 
 
 @jax.tree_util.register_static
@@ -122,8 +121,7 @@ class Constraint:
         """
         w, dtype, scale = _prepare(w, scale)
         offset = self._offset(w, dtype, scale)
-        distance = 2 * jnp.abs(offset)
-        return jnp.where(self._counts(w, scale, distance, window), distance, 0)
+        return jnp.where(self._counts(w, scale, offset, window), 2 * jnp.abs(offset), 0)
 
     def violation_grad(self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf) -> jax.Array:
         """The derivative of `violation` with respect to `w`: `2 sign(w - q(w))` where it counts, else 0.
@@ -145,7 +143,7 @@ class Constraint:
         """
         w, dtype, scale = _prepare(w, scale)
         offset = self._offset(w, dtype, scale)
-        return jnp.where(self._counts(w, scale, 2 * jnp.abs(offset), window), 2 * jnp.sign(offset), 0)
+        return jnp.where(self._counts(w, scale, offset, window), 2 * jnp.sign(offset), 0)
 
     def level_index(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
         """The index into `levels` of the level nearest to each weight; arguments as in `quantize`.
@@ -159,7 +157,7 @@ class Constraint:
           [0 1 2]
         """
         w, _, scale = _prepare(w, scale)
-        return _step_function(w, scale, self._midpoints, range(len(self.levels)), jnp.int32)
+        return step_function(w, scale, self._midpoints, range(len(self.levels)), jnp.int32)
 
     @property
     def _midpoints(self) -> tuple[float, ...]:
@@ -172,7 +170,7 @@ class Constraint:
         return gaps[:1] * len(gaps) if even else gaps
 
     def _nearest(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        return _step_function(w, scale, self._midpoints, self.levels, w.dtype) * scale
+        return step_function(w, scale, self._midpoints, self.levels, w.dtype) * scale
 
     def _offset(self, w: jax.Array, dtype: jnp.dtype, scale: jax.Array) -> jax.Array:
         """`w - q(w)`, with `q(w)` as a leaf of `dtype` can hold it, so that a stored level violates nothing."""
@@ -183,14 +181,16 @@ class Constraint:
         # XLA may fuse product and difference into one operation, whose rounding must not put a weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
-    def _counts(self, w: jax.Array, scale: jax.Array, distance: jax.Array, window: ArrayLike) -> jax.Array:
-        """Where the constraint is in force: outside the levels, and near enough to one of them."""
+    def _counts(self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike) -> jax.Array:
+        """Where the constraint is in force: outside the levels, and near enough to one of them; nowhere if the scale is 0."""
         window = jnp.asarray(window, w.dtype)
-        gap = _step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
-        outside = ~((w >= self.levels[0] * scale) & (w <= self.levels[-1] * scale))
-        near = distance <= gap * (1 - 1 / window)
         # Rounding must not let a midpoint escape an infinite window.
-        return (outside | near | jnp.isinf(window)) & (scale > 0)
+        share = jnp.where(jnp.isinf(window), 1, (1 - 1 / window) / 2)
+        gap = step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
+        lowest = jnp.where(scale > 0, self.levels[0] * scale, -jnp.inf)
+        highest = jnp.where(scale > 0, self.levels[-1] * scale, jnp.inf)
+        outside = ~((w >= lowest) & (w <= highest))
+        return outside | (jnp.abs(offset) <= gap * share)
 
 
 def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:
@@ -200,32 +200,6 @@ def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.
         w = w.astype(float)
     compute = jnp.promote_types(w.dtype, jnp.float32)
     return w.astype(compute), w.dtype, jnp.asarray(scale, compute)
-
-
-def _step_function(
-    w: jax.Array, scale: jax.Array, edges: Sequence[float], values: Sequence[float], dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """`values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`: the lowest value below, the highest above all edges."""
-    if len(set(values)) == 1:  # evenly spaced levels have a single gap: nothing to look up
-        return jnp.asarray(values[0], dtype)
-    if len(values) <= _LONGEST_CHAIN:
-        result = jnp.asarray(values[0], dtype)
-        for edge, value in zip(edges, values[1:], strict=True):
-            result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
-        return result
-    table, step = jnp.asarray(edges, w.dtype), 1 << (len(edges).bit_length() - 1)
-    index = jnp.where(w >= edges[step - 1] * scale, step, 0)
-    while step := step // 2:
-        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
-        index = jnp.where(above & (index + step <= len(edges)), index + step, index)
-    return _look_up(jnp.asarray(values, dtype), index, w)
-
-
-def _look_up(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
-    """`table[index]`, sharded as `w` is where shardings are explicit and a gather must be told."""
-    sharding = jax.typeof(w).sharding
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return table.at[index].get(out_sharding=sharding if explicit else None)
 
 
 def binary() -> Constraint:
@@ -355,7 +329,9 @@ def uniform(bits: int) -> Constraint:
 
     # Ten standard deviations at the highest level are too many, half a one too few.
     found = optimize.minimize_scalar(error, bounds=(0.5 / highest, 10 / highest), method="bounded", options={"xatol": 1e-10})
-    step = float(found.x) * math.sqrt(math.pi / 2)
+    # Of 12 binary digits, so that all levels and the midpoints between them are float32 numbers; the error is the same to 1e-7.
+    mantissa, exponent = math.frexp(float(found.x) * math.sqrt(math.pi / 2))
+    step = math.ldexp(round(mantissa * 2**12), exponent - 12)
     return Constraint(f"uniform{bits}", tuple(k * step for k in range(-highest, highest + 1)))
 
 

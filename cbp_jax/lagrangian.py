@@ -30,6 +30,7 @@ Arrays = tuple[jax.Array, ...]
 _Sum = Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[jax.Array, jax.Array]]
 
 _BLOCK = 2**18  # numbers at least, on a CPU: enough to share out among its cores, few enough that their sums stay in a cache
+_GROUPS = 64  # on a CPU: devices that may share a matrix's rows
 _ROW = 64  # numbers in a row on a GPU: at this length XLA fuses every tensor of a ResNet-50, at 128 not
 
 
@@ -111,22 +112,24 @@ def _sum_blocks(product: Products, w: jax.Array, scale: jax.Array, multiplier: j
     if w.ndim < 2 or w.size < 2 * _BLOCK or (scale.ndim and scale.shape[-2] > 1):
         return jnp.sum(product(w, scale, multiplier, window))
     *leading, rows, columns = w.shape
-    # Every so many rows belong to a block: where the rows are shared out among devices, each has its part of all blocks.
-    strides = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or rows // n * columns >= _BLOCK))
-    height = rows // strides
+    # A block has rows from all over the matrix, so that of rows shared out among devices each has its part of every block; those of
+    # a group are neighbours, because memory is read a page at a time.
+    groups = math.gcd(rows, _GROUPS)
+    there = rows // groups
+    height = min(n for n in range(1, there + 1) if there % n == 0 and (n == there or groups * n * columns >= _BLOCK))
+    matrices, blocks = math.prod(leading), there // height
+    shape = (matrices, groups, blocks, height, columns)
+    axes = [axis for axis, n in enumerate(shape) if n > 1]  # of axes of one XLA would make another layout, in a copy
+    tensors = [array.reshape([shape[axis] for axis in axes]) for array in (w, multiplier)]
     if scale.ndim:
-        scale = jnp.broadcast_to(scale, (*leading, 1, scale.shape[-1])).reshape(-1, scale.shape[-1])
-    matrices = math.prod(leading)
-    # Without axes of one, for which XLA would copy the tensors into another layout.
-    axes = [axis for axis, n in enumerate((matrices, height, strides, columns)) if n > 1 or axis in (1, 3)]
-    view, size = ([shape[axis] for axis in axes] for shape in ((matrices, height, strides, columns), (1, height, 1, columns)))
-    tensors = [array.reshape(view) for array in (w, multiplier)]
+        scale = jnp.broadcast_to(scale, (*leading, 1, scale.shape[-1])).reshape(matrices, -1)
 
     def add_block(i: jax.Array, sums: jax.Array) -> jax.Array:
-        matrix, zero = i // strides, jnp.zeros_like(i)
-        start = [(matrix, zero, i % strides, zero)[axis] for axis in axes]
-        block, its = (lax.dynamic_slice(tensor, start, size).reshape(height, columns) for tensor in tensors)
-        return sums + product(block, scale[matrix] if scale.ndim else scale, its, window)
+        zero = jnp.zeros_like(i)
+        start = [(i // blocks, zero, i % blocks, zero, zero)[axis] for axis in axes]
+        size = [(1, groups, 1, height, columns)[axis] for axis in axes]
+        block, its = (lax.dynamic_slice(tensor, start, size).reshape(sums.shape) for tensor in tensors)
+        return sums + product(block, scale[i // blocks] if scale.ndim else scale, its, window)
 
     zero = jnp.where(window < -jnp.inf, jnp.nan, jnp.zeros((), float_dtype()))  # not to be had before the window is
-    return jnp.sum(lax.fori_loop(0, matrices * strides, add_block, jnp.broadcast_to(zero, (height, columns))))
+    return jnp.sum(lax.fori_loop(0, matrices * blocks, add_block, jnp.broadcast_to(zero, (groups, height, columns))))

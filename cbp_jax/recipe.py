@@ -190,8 +190,12 @@ def _into_box(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLik
     to_low, to_high = ((bound.astype(wide) - w.astype(wide)).astype(update.dtype) for bound in (low, high))
     inside = jnp.where(w + update > high, to_high, jnp.where(w + update < low, to_low, update))
     # Either difference may have been rounded outwards, by less than one step of its own precision.
-    inside = jnp.where(w + inside > high, jnp.nextafter(inside, jnp.asarray(-math.inf, inside.dtype)), inside)
-    return jnp.where(w + inside < low, jnp.nextafter(inside, jnp.asarray(math.inf, inside.dtype)), inside)
+    if jnp.finfo(inside.dtype).bits < 32:
+        down, up = (jnp.nextafter(inside, jnp.asarray(end, inside.dtype)) for end in (-math.inf, math.inf))
+    else:  # a step or two; nextafter is much arithmetic
+        step = jnp.abs(inside) * jnp.finfo(inside.dtype).eps
+        down, up = inside - step, inside + step
+    return jnp.where(w + inside > high, down, jnp.where(w + inside < low, up, inside))
 
 
 def _inwards(bound: ArrayLike, dtype: jnp.dtype, towards: float) -> jax.Array:

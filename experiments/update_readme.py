@@ -11,6 +11,7 @@ and CIFAR-10:
     run pretrain --config.phase=pretrain --config.steps_per_epoch=100 --config.pretrain_epochs=12 --config.warmup_epochs=2
     run binary --config.pretrained=experiments/results/cifar10_resnet20/pretrain --config.constraint=binary \\
         --config.steps_per_epoch=50 --config.epochs=40 --config.patience=1 --config.multiplier_learning_rate=3e-3
+    (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     python experiments/update_readme.py
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from benchmarks import page
 from common.post_training import CONSTRAINTS
 from common.report import Summary, Workdir, format_table
 
@@ -80,6 +82,7 @@ def tables() -> dict[str, str]:
         "digits-seeds": seeds_table("digits"),
         "fashion_mnist-seeds": seeds_table("fashion_mnist"),
         "cifar10_resnet20": short_run_table("cifar10_resnet20"),
+        "cost": page.aims(),
     }
 
 

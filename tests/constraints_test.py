@@ -13,7 +13,7 @@ import support
 import cbp_jax
 
 NAMED = [cbp_jax.binary(), cbp_jax.ternary(), cbp_jax.one_bit_shift(), cbp_jax.two_bit_shift()]
-BUILT_IN = [*NAMED, *map(cbp_jax.shift, range(6)), *map(cbp_jax.uniform, range(2, 7))]
+BUILT_IN = [*NAMED, *map(cbp_jax.shift, range(6)), *map(cbp_jax.uniform, range(2, 7)), cbp_jax.shift(9)]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 WINDOWS = [1.0, 1.5, 2.0, 7.0, 20.0, 1e3, math.inf]
 SHAPE = (4, 24)  # one shape, so that jax compiles each operation once
@@ -115,7 +115,9 @@ def test_a_binary_weight_of_zero_is_not_left_between_the_levels():
     assert cbp_jax.binary().violation_grad(0.0, 0.5) == -2
 
 
-@pytest.mark.parametrize("constraint", [cbp_jax.binary(), cbp_jax.uniform(6)], ids=["chain", "bisection"])
+@pytest.mark.parametrize(
+    "constraint", [cbp_jax.binary(), cbp_jax.uniform(6), cbp_jax.shift(9)], ids=["chain", "division", "bisection"]
+)
 def test_nan_stays_nan_and_infinity_goes_to_the_outermost_level(constraint):
     w = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.0])
     q = np.asarray(constraint.quantize(w, 0.5))

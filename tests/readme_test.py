@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLE = re.search(r"<!-- tested by tests/readme_test.py -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
 DEPLOY = re.search(r"<!-- tested by tests/readme_test.py: deploy -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+LIGHT = re.search(r"<!-- tested by tests/readme_test.py: light -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
 
 
 def test_example(capsys):
@@ -63,12 +64,26 @@ def test_deployment(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "weights.safetensors").exists()
 
 
+def test_the_light_setting():
+    namespace = {"cbp_jax": cbp_jax, "optax": optax}
+    exec(LIGHT, namespace)
+    params = {"kernel": jnp.array([[0.5, -0.301], [0.3, 0.9]])}
+    optimizer = namespace["optimizer"]
+    state = optimizer.init(params)
+    kept = [leaf for leaf in jax.tree.leaves((state.cbp.multipliers, state.cbp.multiplier_opt_state)) if leaf.ndim]
+    assert [leaf.nbytes for leaf in kept] == [2 * 4]
+    _, state = optimizer.update(params, state, params, value=jnp.float32(1))
+    scale = jnp.mean(jnp.abs(params["kernel"]))  # at g = 1 only what is outside the levels counts: 0.9
+    assert scale < 0.9
+    np.testing.assert_allclose(np.float32(state.cbp.multipliers["kernel"]), [[0, 0], [0, 1e-4]], rtol=1e-2)
+
+
 def test_example_is_ten_lines_or_so():
     code = [line for line in EXAMPLE.splitlines() if line.strip()]
     assert len(code) <= 15
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20"])
+@pytest.mark.parametrize("name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20", "cost"])
 def test_tables_are_those_of_the_runs(name):
     pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
     import update_readme

@@ -53,14 +53,14 @@ def _wait() -> None:
 
 def steps(
     clone: str, params: PyTree, grads: PyTree, mask: PyTree, constraints: Iterable[str], count: int
-) -> dict[str, Callable[[], None]]:
-    """Their plain step and their step under each constraint, `count` at a call."""
+) -> dict[str, Callable[[], list[Any]]]:
+    """Their plain step and their step under each constraint, `count` at a call, which gives the tensors."""
     import torch
 
     module = load(clone)
     flags = jax.tree.leaves(mask)
 
-    def make(constraint: str | None) -> Callable[[], None]:
+    def make(constraint: str | None) -> Callable[[], list[Any]]:
         tensors, gradients = _to_torch(params), _to_torch(grads)
         optimizer = torch.optim.SGD(tensors, lr=1e-3, momentum=0.9, weight_decay=0.0 if constraint is None else 1e-4)
         chosen = [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag] if constraint else []
@@ -84,10 +84,11 @@ def steps(
             for w in chosen:
                 w.data.clamp_(min=-1, max=1)
 
-        def run() -> None:
+        def run() -> list[Any]:
             for _ in range(count):
                 step()
             _wait()
+            return tensors
 
         return run
 

@@ -40,8 +40,11 @@ def optimizers(mask: Any) -> Iterator[tuple[str, optax.GradientTransformation, b
         for kind, optimizer in (("chain", chain), ("cbp_sgd", recipe)):
             yield f"{kind}, {constraint}", optimizer, True
             yield f"{kind}, {constraint}, without the sum", optimizer, False
-    light = {"multiplier_optimizer": optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3)), "multiplier_dtype": "bfloat16"}
-    yield "chain, ternary, light state", optax.chain(cbp_jax.cbp("ternary", mask=mask, **light), sgd), True
+    rule = optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))  # "capped" of common.optimizers
+    for dtype in ("float32", "bfloat16"):
+        light = cbp_jax.cbp("ternary", mask=mask, multiplier_optimizer=rule, multiplier_dtype=dtype)
+        yield f"chain, ternary, light, {dtype}", optax.chain(light, sgd), True
+        yield f"chain, ternary, light, {dtype}, without the sum", optax.chain(light, sgd), False
 
 
 def measure() -> dict[str, Any]:

@@ -58,7 +58,8 @@ def compare(shapes: Any, sharding: Any = None) -> dict[str, float]:
 
 def measure() -> dict[str, Any]:
     """By size, on one device; by devices, in both layouts."""
-    most = _LARGEST.value or preflight.memory_there() // (4 * _WORDS)
+    sharing = jax.local_device_count() if jax.devices()[0].platform == "cpu" else 1  # virtual devices have one memory
+    most = _LARGEST.value or sharing * preflight.memory_there() // (4 * _WORDS)
     sizes = {}
     count = _SMALLEST
     while count <= most:

@@ -1,0 +1,75 @@
+"""Step functions of weights: what is looked up by the interval between levels that a weight is in.
+
+Three ways. A chain of compares and selects, which compilers vectorise, where there are few steps. For evenly spaced edges and
+values, as of `uniform(8)`, a division, corrected by comparing with the edges themselves. Else a bisection, whose look-ups do not
+vectorise on a CPU. All three give the same to the last bit.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+_LONGEST_CHAIN = 16
+
+
+def step_function(w: jax.Array, scale: jax.Array, edges: Sequence[float], values: Sequence[float], dtype: DTypeLike) -> jax.Array:
+    """`values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`: the lowest value below, the highest above all edges.
+
+    Args:
+      w: weights, floating; NaN has the lowest value.
+      scale: in whose units the edges are; broadcastable to `w`.
+      edges: strictly increasing.
+      values: one more than edges.
+      dtype: of the result.
+
+    Returns:
+      Array of the shape of `w`; of shape () where there is but one value.
+    """
+    if len(set(values)) == 1:  # evenly spaced levels have a single gap: nothing to look up
+        return jnp.asarray(values[0], dtype)
+    if len(values) <= _LONGEST_CHAIN:
+        result = jnp.asarray(values[0], dtype)
+        for edge, value in zip(edges, values[1:], strict=True):
+            result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
+        return result
+    if _is_exact_progression(edges) and _is_exact_progression(values):
+        index = _divide(w, scale, edges)
+        return (values[0] + index * (values[1] - values[0])).astype(dtype)
+    return _bisect(w, scale, edges, values, dtype)
+
+
+def _is_exact_progression(numbers: Sequence[float]) -> bool:
+    """Whether `first + i * step` is every number, computed in float32 without rounding."""
+    first, step = np.float32(numbers[0]), np.float32(numbers[1] - numbers[0])
+    multiples = np.arange(len(numbers), dtype=np.float32) * step
+    exact = np.arange(len(numbers)) * np.float64(step)
+    return bool(np.all(multiples == exact) and np.all(np.float64(first + multiples) == np.asarray(numbers, np.float64)))
+
+
+def _divide(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array:
+    """The number of edges at or below each weight, floating."""
+    first, step, count = edges[0], edges[1] - edges[0], len(edges)
+    # Off by one at most, from rounding.
+    index = jnp.floor((w / jnp.where(scale > 0, scale, 1) - first) / step) + 1
+    index = jnp.clip(jnp.where(jnp.isnan(index), 0, index), 0, count)
+    index -= (index > 0) & ~(w >= (first + (index - 1) * step) * scale)
+    return index + ((index < count) & (w >= (first + index * step) * scale))
+
+
+def _bisect(w: jax.Array, scale: jax.Array, edges: Sequence[float], values: Sequence[float], dtype: DTypeLike) -> jax.Array:
+    table, step = jnp.asarray(edges, w.dtype), 1 << (len(edges).bit_length() - 1)
+    index = jnp.where(w >= edges[step - 1] * scale, step, 0)
+    while step := step // 2:
+        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
+        index = jnp.where(above & (index + step <= len(edges)), index + step, index)
+    return _look_up(jnp.asarray(values, dtype), index, w)
+
+
+def _look_up(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
+    """`table[index]`, sharded as `w` is where shardings are explicit and a gather must be told."""
+    sharding = jax.typeof(w).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return table.at[index].get(out_sharding=sharding if explicit else None)
