@@ -184,13 +184,11 @@ class Constraint:
     def _counts(self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike) -> jax.Array:
         """Where the constraint is in force: outside the levels, and near enough to one of them; nowhere if the scale is 0."""
         window = jnp.asarray(window, w.dtype)
-        # Rounding must not let a midpoint escape an infinite window.
-        share = jnp.where(jnp.isinf(window), 1, (1 - 1 / window) / 2)
+        # Nothing must escape an infinite window: no midpoint by rounding, no level that its dtype flushes to 0.
+        share = jnp.where(jnp.isinf(window), jnp.finfo(w.dtype).max, (1 - 1 / window) / 2)
         gap = step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
-        lowest = jnp.where(scale > 0, self.levels[0] * scale, -jnp.inf)
-        highest = jnp.where(scale > 0, self.levels[-1] * scale, jnp.inf)
-        outside = ~((w >= lowest) & (w <= highest))
-        return outside | (jnp.abs(offset) <= gap * share)
+        outside = ~((w >= self.levels[0] * scale) & (w <= self.levels[-1] * scale))
+        return (outside | (jnp.abs(offset) <= gap * share)) & (scale > 0)
 
 
 def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:

@@ -27,10 +27,10 @@ from cbp_jax.state import ConstrainedLeaf, float_dtype
 # A function of weights, scale, multipliers and window: the products, in the dtype of the sum.
 Products = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Arrays = tuple[jax.Array, ...]
-_Sum = Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[jax.Array, jax.Array]]
+Form = Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[jax.Array, jax.Array]]
 
 _BLOCK = 2**18  # numbers at least, on a CPU: enough to share out among its cores, few enough that their sums stay in a cache
-_GROUPS = 64  # on a CPU: devices that may share a matrix's rows
+_GROUPS = 64  # on a CPU: devices at most that may share a matrix's rows without sending any
 _ROW = 64  # numbers in a row on a GPU: at this length XLA fuses every tensor of a ResNet-50, at 128 not
 
 
@@ -63,7 +63,7 @@ def _constraint_sum(
     if any(AxisType.Explicit in jax.typeof(w).sharding.mesh.axis_types for w in weights):
         return plain(weights, scales, multipliers, window)  # the others reshape, which explicit shardings need not allow
     in_rows = functools.partial(_in_rows, products)
-    by_platform: dict[str, _Sum] = {"cpu": functools.partial(_in_blocks, products), "cuda": in_rows, "rocm": in_rows}
+    by_platform: dict[str, Form] = {"cpu": functools.partial(_in_blocks, products), "cuda": in_rows, "rocm": in_rows}
     return lax.platform_dependent(weights, scales, multipliers, window, default=plain, **by_platform)
 
 
@@ -109,27 +109,44 @@ def _in_blocks(
 
 
 def _sum_blocks(product: Products, w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array) -> jax.Array:
-    if w.ndim < 2 or w.size < 2 * _BLOCK or (scale.ndim and scale.shape[-2] > 1):
+    layout = _block_layout(w.shape) if w.ndim > 1 and (scale.ndim == 0 or scale.shape[-2] == 1) else None
+    if layout is None:
         return jnp.sum(product(w, scale, multiplier, window))
-    *leading, rows, columns = w.shape
-    # A block has rows from all over the matrix, so that of rows shared out among devices each has its part of every block; those of
-    # a group are neighbours, because memory is read a page at a time.
-    groups = math.gcd(rows, _GROUPS)
-    there = rows // groups
-    height = min(n for n in range(1, there + 1) if there % n == 0 and (n == there or groups * n * columns >= _BLOCK))
-    matrices, blocks = math.prod(leading), there // height
-    shape = (matrices, groups, blocks, height, columns)
-    axes = [axis for axis, n in enumerate(shape) if n > 1]  # of axes of one XLA would make another layout, in a copy
-    tensors = [array.reshape([shape[axis] for axis in axes]) for array in (w, multiplier)]
+    outer, blocks = layout[0], layout[3]
+    axes = [axis for axis, n in enumerate(layout) if n > 1]  # of axes of one XLA would make another layout, in a copy
+    tensors = [array.reshape([layout[axis] for axis in axes]) for array in (w, multiplier)]
     if scale.ndim:
-        scale = jnp.broadcast_to(scale, (*leading, 1, scale.shape[-1])).reshape(matrices, -1)
+        scale = jnp.broadcast_to(scale, (*w.shape[:-2], 1, scale.shape[-1])).reshape(outer, -1, 1, 1, scale.shape[-1])
+    block_shape = [n for axis, n in enumerate(layout) if axis not in (0, 3)]
 
     def add_block(i: jax.Array, sums: jax.Array) -> jax.Array:
         zero = jnp.zeros_like(i)
-        start = [(i // blocks, zero, i % blocks, zero, zero)[axis] for axis in axes]
-        size = [(1, groups, 1, height, columns)[axis] for axis in axes]
-        block, its = (lax.dynamic_slice(tensor, start, size).reshape(sums.shape) for tensor in tensors)
+        start = [(i // blocks, zero, zero, i % blocks, zero, zero)[axis] for axis in axes]
+        size = [1 if axis in (0, 3) else layout[axis] for axis in axes]
+        block, its = (lax.dynamic_slice(tensor, start, size).reshape(block_shape) for tensor in tensors)
         return sums + product(block, scale[i // blocks] if scale.ndim else scale, its, window)
 
     zero = jnp.where(window < -jnp.inf, jnp.nan, jnp.zeros((), float_dtype()))  # not to be had before the window is
-    return jnp.sum(lax.fori_loop(0, matrices * blocks, add_block, jnp.broadcast_to(zero, (groups, height, columns))))
+    return jnp.sum(lax.fori_loop(0, outer * blocks, add_block, jnp.broadcast_to(zero, block_shape)))
+
+
+def _block_layout(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes (outer, matrices, groups, blocks, rows, columns) to see a tensor in: all but outer and blocks make a block.
+
+    A block has several matrices, or a part of one: rows from all over it, so that of rows shared out among devices each has its
+    part of every block; those of a group are neighbours, because memory is read a page at a time. None if it were the only block.
+    """
+    *leading, rows, columns = shape
+    count = math.prod(leading)
+    if math.prod(shape) < 2 * _BLOCK:
+        return None
+    matrices = _divisor(count, _BLOCK / (rows * columns))
+    groups = math.gcd(rows, _GROUPS) if matrices == 1 else 1
+    height = _divisor(rows // groups, _BLOCK / (groups * columns)) if matrices == 1 else rows
+    blocks = rows // groups // height
+    return (count // matrices, matrices, groups, blocks, height, columns) if count // matrices * blocks > 1 else None
+
+
+def _divisor(number: int, least: float) -> int:
+    """The smallest divisor that is not less, or the number itself."""
+    return min((n for n in range(1, number + 1) if number % n == 0 and n >= least), default=number)

@@ -2,7 +2,7 @@
 
 Three ways. A chain of compares and selects, which compilers vectorise, where there are few steps. For evenly spaced edges and
 values, as of `uniform(8)`, a division, corrected by comparing with the edges themselves. Else a bisection, whose look-ups do not
-vectorise on a CPU. All three give the same to the last bit.
+vectorise on a CPU. All three give the same to the last bit, where the scale is positive.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ def step_function(w: jax.Array, scale: jax.Array, edges: Sequence[float], values
 
 def _is_exact_progression(numbers: Sequence[float]) -> bool:
     """Whether `first + i * step` is every number, computed in float32 without rounding."""
-    first, step = np.float32(numbers[0]), np.float32(numbers[1] - numbers[0])
-    multiples = np.arange(len(numbers), dtype=np.float32) * step
-    exact = np.arange(len(numbers)) * np.float64(step)
-    return bool(np.all(multiples == exact) and np.all(np.float64(first + multiples) == np.asarray(numbers, np.float64)))
+    exact = np.asarray(numbers, np.float64)
+    multiples = np.arange(len(exact)) * (exact[1] - exact[0])
+    in_float32 = all(np.all(np.float32(part) == part) for part in (exact, multiples, exact[1] - exact[0]))
+    return in_float32 and bool(np.all(exact[0] + multiples == exact))
 
 
 def _divide(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array:

@@ -71,7 +71,8 @@ def cbp(
       steps_per_epoch: calls of `update` that make an epoch of the schedule; under `optax.MultiSteps`, emitted updates.
       patience: epochs after which the window grows even while the Lagrangian falls.
       multiplier_optimizer: a descending optax optimizer for the multipliers; it is given minus the violation, and so ascends.
-        None is `optax.adam(1e-4)`. `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments, and does as well.
+        None is `optax.adam(1e-4)`. `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments: a violation of 3e-3,
+        in the weights' unit, or more moves a multiplier by 1e-4.
       mask: which leaves to constrain: a tree of bools, a prefix of one, or a callable from parameters to such a tree, as
         `cbp_jax.select` makes. None: floating leaves with at least two axes. First and last layers should be left out.
       scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output channel of Flax kernels. None: one
@@ -81,8 +82,7 @@ def cbp(
       initial_window: `g` at the start, at least 1; infinity constrains every weight from the first step.
       window_growth: a function of `g`, a traced array, giving the next one: `lambda g: jnp.where(g < 10, g + 1, 1.5 * g)`.
         None: g + 1 below 10, g + 10 from there.
-      multiplier_dtype: dtype of the multipliers and their optimizer's moments; bfloat16 does. None: `promote_types(w.dtype,
-        float32)`.
+      multiplier_dtype: dtype of the multipliers and their optimizer's moments. None: `promote_types(w.dtype, float32)`.
 
     Returns:
       A link whose `init(params)` measures the scales, so call it after the pre-trained weights are in, and whose `update(updates,
@@ -216,7 +216,7 @@ def _start_of_epoch(
 
 def _end_of_step(state: CBPState, value: ArrayLike | None, total: jax.Array | None, steps_per_epoch: ArrayLike) -> CBPState:
     """Adds the step's Lagrangian, the loss plus the constraint's total, to the epoch's, and counts."""
-    if value is None or total is None:
+    if value is None or total is None:  # they come together
         total = jnp.array(-jnp.inf, float_dtype())
     elif jnp.shape(value) != ():
         raise ValueError(f"value must be the loss, a scalar; got shape {jnp.shape(value)}")

@@ -314,3 +314,18 @@ def test_a_constraint_is_a_static_hashable_value():
     same, as_well, other = map(jax.tree.structure, states)
     assert same == as_well
     assert same != other
+
+
+def test_nothing_escapes_an_infinite_window():
+    """Not even where a level is too small for the leaf's dtype, and is 0 in it."""
+    for constraint, scale, w in ((cbp_jax.shift(6), 2.0**-10, 2.5e-5), (cbp_jax.uniform(8), 1e-4, 3e-6)):
+        violation = np.asarray(constraint.violation(jnp.float16([w]), scale), np.float64)
+        assert violation > 0
+        np.testing.assert_array_less(0, np.abs(constraint.violation_grad(jnp.float16([w]), scale)))
+
+
+def test_a_scale_of_zero_violates_nothing():
+    w, scale = jnp.array([[jnp.nan, 1.0, -jnp.inf], [0.5, 0.0, 3.0]]), jnp.array([[0.0], [1.0]])
+    for window in (1.0, 3.0, math.inf):
+        np.testing.assert_array_equal(cbp_jax.ternary().violation(w, scale, window)[0], 0)
+        np.testing.assert_array_equal(cbp_jax.ternary().violation_grad(w, scale, window)[0], 0)

@@ -15,14 +15,15 @@ from cbp_jax import lagrangian
 from cbp_jax.state import constrained_leaves
 
 FORMS = {"plain": lagrangian._plainly, "rows": lagrangian._in_rows, "blocks": lagrangian._in_blocks}
-# Whole blocks and rests, rows of 64 and of none, nothing at all.
-SHAPES = [(5, 64), (3, 3, 7, 16), (40, 61), (509,), (200, 1), (0, 4), ()]
+# Blocks of several matrices and parts of one, rows of 64 and of none, nothing at all.
+SHAPES = [(5, 64), (3, 3, 7, 16), (40, 61), (3, 48, 8), (30, 2, 3), (509,), (200, 1), (0, 4), (4, 0), ()]
 WINDOW = 3.0
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(lagrangian, "_BLOCK", 48)
+    monkeypatch.setattr(lagrangian, "_GROUPS", 4)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -65,10 +66,11 @@ def test_one_tensor(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("axes", [(1,), (0,), (0, 1), (2,)], ids=str)
-def test_scales_by_channel(form, axes):
+@pytest.mark.parametrize("axes", [(1,), (0,), (0, 1), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 8, 5), (3, 48, 8), (30, 2, 3)], ids=str)
+def test_scales_by_channel(form, shape, axes):
     with jax.enable_x64(True):
-        leaf = leaf_of((9, 8, 5), axes, dtype=np.float64)
+        leaf = leaf_of(shape, axes, dtype=np.float64)
         np.testing.assert_allclose(run(form, [leaf])[0], expected(leaf), rtol=1e-12)
 
 
@@ -93,11 +95,32 @@ def test_what_is_not_finite_stays_so(form, bad):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_vmap(form):
-    leaf = leaf_of((40, 61))
+    """An ensemble, each with weights, scale, multipliers and window of its own."""
+    leaf, factors = leaf_of((40, 61)), jnp.array([0.5, 1.0, 2.0])
     product = lagrangian._products(leaf.constraint)
-    scales = leaf.scale * jnp.array([0.5, 1.0, 2.0])
-    totals, _ = jax.vmap(lambda a: FORMS[form]([product], (leaf.weight,), (a,), (leaf.multiplier,), WINDOW))(scales)
-    np.testing.assert_allclose(totals, [expected(leaf._replace(scale=a)) for a in scales], rtol=1e-4)
+
+    def total(factor):
+        arrays = ((factor**2 * leaf.weight,), (factor * leaf.scale,), (factor * leaf.multiplier,))
+        return FORMS[form]([product], *arrays, WINDOW * factor)[0]
+
+    members = [leaf._replace(weight=f**2 * leaf.weight, scale=f * leaf.scale, multiplier=f * leaf.multiplier) for f in factors]
+    wanted = [expected(member, WINDOW * float(f)) for member, f in zip(members, factors, strict=True)]
+    np.testing.assert_allclose(jax.vmap(total)(factors), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((4, 8), None),  # less than two blocks
+        ((96, 8), (1, 1, 4, 12, 2, 8)),  # two rows from each of four groups
+        ((3, 48, 8), (3, 1, 4, 6, 2, 8)),
+        ((97, 8), None),  # a prime number of rows is one block
+        ((30, 2, 3), (3, 10, 1, 1, 2, 3)),  # ten matrices a block, since 8 do not divide 30
+    ],
+    ids=str,
+)
+def test_layout_of_blocks(shape, layout):
+    assert lagrangian._block_layout(shape) == layout
 
 
 def test_each_platform_has_its_form():
@@ -123,7 +146,8 @@ def test_sharded_weights_keep_their_sharding(axis_type, form, monkeypatch):
     mesh = jax.make_mesh((4,), ("model",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
     specs = {"in": P("model", None), "out": P(None, "model"), "whole": P()}
     rng = np.random.default_rng(0)
-    alone = {key: jnp.float32(rng.normal(size=(32, 64))) for key in specs}
+    alone = {key: jnp.float32(rng.normal(size=(64, 64))) for key in specs}
+    assert lagrangian._block_layout((64, 64)) == (1, 1, 4, 16, 1, 64)
     params = {key: jax.device_put(alone[key], NamedSharding(mesh, spec)) for key, spec in specs.items()}
     optimizer = optax.chain(cbp_jax.cbp("ternary", steps_per_epoch=1, patience=1), optax.sgd(0.1, momentum=0.9))
 
@@ -144,7 +168,7 @@ def test_sharded_weights_keep_their_sharding(axis_type, form, monkeypatch):
 def test_a_donated_step_copies_neither_weights_nor_multipliers(constraint, monkeypatch):
     """Not for the sum, which reads what the step overwrites, and not for the branch that moves the multipliers now and then."""
     monkeypatch.undo()
-    params = {f"layer{i}": jnp.full((512, 512), 0.1) for i in range(4)}
+    params = {f"layer{i}": jnp.full((1024, 1024), 0.1) for i in range(4)}
     optimizer = optax.chain(cbp_jax.cbp(constraint), optax.sgd(0.1, momentum=0.9))
 
     def step(params, state, grads, value):
@@ -155,6 +179,6 @@ def test_a_donated_step_copies_neither_weights_nor_multipliers(constraint, monke
     assert len(constrained_leaves(params, state)) == 4
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params, jnp.float32(0)).compile()
     memory = compiled.memory_analysis()
-    tensor = 4 * 512 * 512
+    tensor = 4 * 1024 * 1024
     assert memory.alias_size_in_bytes >= 5 * 4 * tensor  # weights, momentum, multipliers, two moments: all in place
     assert memory.temp_size_in_bytes < 2 * tensor  # a copy of one would be 4

@@ -4,7 +4,7 @@
     cd experiments && python -m benchmarks --only=optimizer_step,scaling --authors=CLONE
 
 On a CPU the whole training step is that of a ResNet-20 on small images; on an accelerator that of ResNet-50 at batch 256 in
-bfloat16. About an hour on two cores, most of it for the runs of `multiplier_state`; nothing else should run beside it.
+bfloat16. It takes about an hour, most of it for the runs of `multiplier_state`; nothing else should run beside it.
 """
 
 import subprocess

@@ -109,7 +109,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     ]
     if theirs:
         header = ("the authors' code", "ms", "time over its own plain", "time over our plain")
-        parts += ["The authors' PyTorch code, in turns with the above:", format_table(header, theirs)]
+        said = (
+            "The authors' PyTorch code, in turns with the above. Their step clips, decays and clamps, as their training loop does."
+        )
+        parts += [said, format_table(header, theirs)]
     return "\n\n".join(parts) + "\n"
 
 
