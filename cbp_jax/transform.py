@@ -190,18 +190,20 @@ def _start_of_epoch(
     grows = ended & (stalled | (used >= patience))
     window = jnp.where(grows, jnp.asarray(grow(state.window), state.window.dtype), state.window)
 
-    def ascend(multipliers: PyTree, opt_state: optax.OptState) -> tuple[PyTree, optax.OptState]:
+    def ascend(due: tuple[jax.Array, PyTree, optax.OptState]) -> tuple[jax.Array, PyTree, optax.OptState]:
+        _, multipliers, opt_state = due
         old, treedef = jax.tree.leaves(multipliers), jax.tree.structure(multipliers)
         descent = [
             (-leaf.constraint.violation(leaf.weight, leaf.scale, window)).astype(multiplier.dtype)
             for leaf, multiplier in zip(leaves, old, strict=True)
         ]
         steps, new_opt_state = ascent.update(jax.tree.unflatten(treedef, descent), opt_state, multipliers)
-        return _cast_like((optax.apply_updates(multipliers, steps), new_opt_state), (multipliers, opt_state))
+        new = _cast_like((optax.apply_updates(multipliers, steps), new_opt_state), (multipliers, opt_state))
+        return jnp.zeros_like(grows), *new
 
-    multipliers, opt_state = jax.lax.cond(
-        grows | ~state.started, ascend, lambda *same: same, state.multipliers, state.multiplier_opt_state
-    )
+    # A loop of one turn or none: on a GPU some versions of XLA copy all that goes through a conditional, in every step.
+    due = (grows | ~state.started, state.multipliers, state.multiplier_opt_state)
+    _, multipliers, opt_state = jax.lax.while_loop(lambda due: due[0], ascend, due)
     previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
     return state._replace(
         started=jnp.ones((), bool),

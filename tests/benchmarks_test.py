@@ -64,10 +64,10 @@ def test_a_step_of_the_benchmark_is_one_of_optax():
     params, grads = {"w": jnp.array([[0.5, -0.2]])}, {"w": jnp.array([[1.0, 2.0]])}
     step = Step(optax.sgd(0.1), params, grads, with_value=False, count=3)
     np.testing.assert_allclose(step()[0]["w"], [[0.2, -0.8]], rtol=1e-6)
-    np.testing.assert_array_equal(params["w"], [[0.5, -0.2]])  # it has its own
+    np.testing.assert_array_equal(params["w"], np.float32([[0.5, -0.2]]))  # it has its own
     state = cbp_jax.cbp("binary").init(params)
     _, state = make_step(cbp_jax.cbp("binary"), with_value=True)(jax.tree.map(jnp.copy, params), state, grads, jnp.float32(2))
-    np.testing.assert_allclose(state.lagrangian_sum, 2)
+    np.testing.assert_allclose(state.lagrangian_sum, 2 + 1e-4 * 0.3, rtol=1e-7)  # of 0.5, which is 0.15 outside the levels
 
 
 def test_the_authors_step_descends_loss_and_constraint(tmp_path, monkeypatch):

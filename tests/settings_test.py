@@ -130,6 +130,23 @@ def test_methods_of_the_ablation():
         steps_of("lagrange")
 
 
+def test_rules_of_the_multipliers():
+    """On violations of 1e-3 and 0.5: Adam's first step is the rate for both, the capped rule's a third of it and the rate."""
+    config = imagenet_resnet18.binary()
+    violation = jnp.array([1e-3, 0.5])
+    for rule, expected in {"adam": [1e-4, 1e-4], "capped": [1e-4 / 3, 1e-4]}.items():
+        config.multiplier_rule, config.multiplier_dtype = rule, "bfloat16"
+        options = optimizers.multiplier_options(config)
+        optimizer = options["multiplier_optimizer"]
+        updates, state = optimizer.update(-violation, optimizer.init(violation))
+        np.testing.assert_allclose(updates, expected, rtol=1e-4)
+        assert options["multiplier_dtype"] == "bfloat16"
+        assert any(leaf.ndim for leaf in jax.tree.leaves(state)) == (rule == "adam")
+    config.multiplier_rule = "lion"
+    with pytest.raises(ValueError, match="none of adam, capped"):
+        optimizers.multiplier_options(config)
+
+
 def test_random_crop_and_flip():
     """Against slicing and mirroring in numpy, by trying all positions."""
     rng = np.random.default_rng(0)

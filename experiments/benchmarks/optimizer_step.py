@@ -18,6 +18,8 @@ import optax
 from absl import app, flags
 from benchmarks import authors, timing, weights
 from benchmarks.steps import Step
+from common import settings
+from common.optimizers import multiplier_options
 from common.report import format_table
 
 import cbp_jax
@@ -40,11 +42,12 @@ def optimizers(mask: Any) -> Iterator[tuple[str, optax.GradientTransformation, b
         for kind, optimizer in (("chain", chain), ("cbp_sgd", recipe)):
             yield f"{kind}, {constraint}", optimizer, True
             yield f"{kind}, {constraint}, without the sum", optimizer, False
-    rule = optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))  # "capped" of common.optimizers
+    config = settings.small_experiment()
     for dtype in ("float32", "bfloat16"):
-        light = cbp_jax.cbp("ternary", mask=mask, multiplier_optimizer=rule, multiplier_dtype=dtype)
-        yield f"chain, ternary, light, {dtype}", optax.chain(light, sgd), True
-        yield f"chain, ternary, light, {dtype}, without the sum", optax.chain(light, sgd), False
+        config.multiplier_rule, config.multiplier_dtype = "capped", dtype
+        light = optax.chain(cbp_jax.cbp("ternary", mask=mask, **multiplier_options(config)), sgd)
+        yield f"chain, ternary, light, {dtype}", light, True
+        yield f"chain, ternary, light, {dtype}, without the sum", light, False
 
 
 def measure() -> dict[str, Any]:
