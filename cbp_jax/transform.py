@@ -203,7 +203,8 @@ def _start_of_epoch(
 
     # A loop of one turn or none: on a GPU some versions of XLA copy all that goes through a conditional, in every step.
     due = (grows | ~state.started, state.multipliers, state.multiplier_opt_state)
-    _, multipliers, opt_state = jax.lax.while_loop(lambda due: due[0], ascend, due)
+    with jax.named_scope("move_multipliers"):
+        _, multipliers, opt_state = jax.lax.while_loop(lambda due: due[0], ascend, due)
     previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
     return state._replace(
         started=jnp.ones((), bool),

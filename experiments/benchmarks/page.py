@@ -32,9 +32,9 @@ _WHY = """
   there is no sum, and patience alone moves the window.
 - **Multipliers in bfloat16 on a CPU** save memory, but not time where there is a sum: XLA's CPU compiler cannot slice 16-bit
   floats, and makes float32 ones of them first.
-- **The branch that moves the multipliers** is taken every few epochs, and copies nothing in the steps between. It is why a step
-  takes longer to compile: it is a second set of loops.
-- **On a GPU** the step has a few kernels more than plain SGD, for scalars, the sum of the rows and the branch. Each costs some
+- **The loop that moves the multipliers** has one turn every few epochs and none in the steps between, and copies nothing. It is
+  why a step takes longer to compile: it is a second set of loops.
+- **On a GPU** the step has a dozen kernels more than plain SGD, for scalars, the sum of the rows and that loop. Each costs some
   microseconds, which count in a step on its own, not beside a network.
 - **On several devices** with a share of the weights each, the CPU's sum has a fixed cost a tensor and device.
 """
