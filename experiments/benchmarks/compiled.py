@@ -150,8 +150,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "# What XLA makes of the optimizer's step\n"
         f"ResNet-50, {results['parameters']} tensors, jax {results['jax']}, compiled for each platform, not run. "
         "Words: float32 numbers that its kernels read and write for each parameter; plain SGD with momentum needs 5, CBP 6. "
-        "Copies: of whole tensors, without the loop that moves the multipliers now and then. On a TPU what is fetched ahead from one memory into another "
-        "counts twice. By `python -m benchmarks.compiled`."
+        "Copies: of whole tensors, without the loop that moves the multipliers now and then. On a TPU "
+        "what is fetched ahead from one memory into another counts twice. By `python -m benchmarks.compiled`."
     ]
     for platform, steps in results["platforms"].items():
         rows = [
