@@ -29,7 +29,8 @@ def load(clone: str) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"there is no module.py in {clone}: give a clone of dooseokjeong/CBP")
     if not torch.cuda.is_available():
-        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+        tensor_class: Any = torch.Tensor
+        tensor_class.cuda = lambda self, *args, **kwargs: self
     spec = importlib.util.spec_from_file_location("authors_module", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
