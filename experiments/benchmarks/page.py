@@ -34,9 +34,8 @@ _WHY = """
   floats, and makes float32 ones of them first.
 - **The loop that moves the multipliers** has one turn every few epochs and none in the steps between, and copies nothing. It is
   why a step takes longer to compile: it is a second set of loops.
-- **On a GPU** the step has a dozen kernels more than plain SGD, for scalars, the sum of the rows and that loop. Each costs some
-  microseconds, which count in a step on its own, not beside a network.
-- **On several devices** with a share of the weights each, the CPU's sum has a fixed cost a tensor and device.
+- **On a GPU** the step has a dozen kernels more than plain SGD, for scalars, the sum of the rows and that loop. What
+  their launches cost is not measured.
 """
 
 
