@@ -62,6 +62,14 @@ def is_variable(node: Any) -> bool:
     return nnx is not None and isinstance(node, nnx.Variable) and len(jax.tree.leaves(node)) <= 1
 
 
+def has_modules(tree: PyTree) -> bool:
+    """Whether a tree is a Flax NNX module, or holds one."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    return any(isinstance(node, nnx.Module) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Module)))
+
+
 def flatten_with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] = lambda node: False) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths, in the order of `jax.tree.leaves`."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_variable(node) or is_leaf(node))[0]

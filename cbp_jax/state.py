@@ -14,7 +14,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cbp_jax.constraints import Constraint
-from cbp_jax.masking import Path, PyTree, flatten_with_paths, is_floating, is_variable, path_string
+from cbp_jax.masking import Path, PyTree, as_path, flatten_with_paths, has_modules, is_floating, is_variable, path_string
 
 ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -58,7 +58,9 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
     differentiate a loss at the result and apply the gradient to `params` is the straight-through estimator.
 
     Args:
-      params: the latent weights; leaves the state does not know are left as they are.
+      params: the latent weights; leaves the state does not know are left as they are. A Flax NNX module is taken too: the result
+        is a module that shares every variable but the constrained ones with it, so that batch statistics and dropout counters
+        that a forward pass of the result updates are updated in the module given.
       opt_state: any optimizer state with one or more `CBPState`s in it, `nnx.Optimizer.opt_state` too.
 
     Returns:
@@ -77,8 +79,22 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
     Reference: Kim and Jeong (2021), section 3.3.
     """
     on_levels = {leaf.path: leaf.constraint.quantize(leaf.weight, leaf.scale) for leaf in constrained_leaves(params, opt_state)}
+    if has_modules(params):
+        return _share_variables(params, on_levels)
     leaves = [on_levels.get(path, leaf) for path, leaf in flatten_with_paths(params)]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _share_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
+    """An NNX module with new variables for the given values; it shares all others with the original."""
+    from flax import nnx  # imported already: there is a module of it
+
+    def replace(keys: Any, variable: Any) -> Any:
+        value = values.get(as_path(keys))
+        return variable if value is None else variable.replace(value)
+
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(replace, state, is_leaf=is_variable))
 
 
 def window(opt_state: optax.OptState) -> jax.Array:
