@@ -2,12 +2,16 @@
 
 A leaf's path is the tuple of its keys as strings; written out they are joined by "/". A Flax NNX variable counts as its value,
 so that `conv/kernel` names the same leaf in an NNX state and in a dictionary.
+
+By default a leaf is constrained if it is floating, has at least two axes, and its path does not name it as a bias, a scale, the
+parameter of a norm, or a table of embeddings or positions: biases of layers stacked for `scan` have two axes too. Of three axes or
+more, two must be longer than 1: Equinox's convolutions have biases of shape (channels, 1, 1).
 """
 
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +21,11 @@ import numpy as np
 PyTree = Any
 Path = tuple[str, ...]
 
+# Words of the last key, and of any key, that name what is no weight of a layer. "LayerNorm_0" has the words layer and norm.
+_LAST_KEY = re.compile(r"bias(es)?|scale|gamma|beta|offset")
+_ANY_KEY = re.compile(r"embed(s|der|ding|dings)?|wte|wpe|pos|position(s|al)?|[a-z]*norm|bn|ln")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
 
 def select(include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None) -> Callable[[PyTree], PyTree]:
     """A mask that names leaves by patterns of their paths.
@@ -24,8 +33,9 @@ def select(include: str | Sequence[str] | None = None, exclude: str | Sequence[s
     A leaf is selected if `re.fullmatch(pattern, path)` holds for a pattern of `include` and for none of `exclude`.
 
     Args:
-      include: a pattern or several; None selects every floating leaf with at least two axes. Patterns select exactly what they
-        match, biases and norm parameters too: end them with the name of the weights ("block1/.*/kernel").
+      include: a pattern or several; None selects the default: floating leaves with at least two axes, but no biases, scales, norm
+        parameters, embeddings or position tables, recognized by their paths. Patterns select exactly what they match, biases and
+        norm parameters too: end them with the name of the weights ("block1/.*/kernel").
       exclude: a pattern or several; None excludes nothing.
 
     Returns:
@@ -44,12 +54,12 @@ def select(include: str | Sequence[str] | None = None, exclude: str | Sequence[s
     included, excluded = compile_patterns(include), compile_patterns(exclude)
 
     def mask(params: PyTree) -> PyTree:
-        leaves = [(path_string(path), leaf) for path, leaf in flatten_with_paths(params)]
-        check_patterns([*included, *excluded], [path for path, _ in leaves])
+        names = [path_string(path) for path, _ in flatten_with_paths(params)]
+        check_patterns([*included, *excluded], names)
         chosen = [
-            (any(p.fullmatch(path) for p in included) if include is not None else is_weight(leaf))
-            and not any(p.fullmatch(path) for p in excluded)
-            for path, leaf in leaves
+            (any(p.fullmatch(name) for p in included) if include is not None else default)
+            and not any(p.fullmatch(name) for p in excluded)
+            for name, default in zip(names, default_mask(params), strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(params), chosen)
 
@@ -95,9 +105,24 @@ def is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def is_weight(leaf: Any) -> bool:
-    """Whether a leaf is constrained when nothing else is said: floating, with at least two axes."""
-    return is_floating(leaf) and len(leaf.shape) >= 2
+def default_mask(params: PyTree) -> list[bool]:
+    """Which leaves are constrained by default: kernels by their shape that their path does not name as anything else."""
+    leaves = flatten_with_paths(params)
+    paths = {path for path, _ in leaves}
+    return [_has_kernel_shape(leaf) and not _is_named_otherwise(path, paths) for path, leaf in leaves]
+
+
+def _has_kernel_shape(leaf: Any) -> bool:
+    return is_floating(leaf) and (len(leaf.shape) == 2 or sum(n > 1 for n in leaf.shape) >= 2)
+
+
+def _is_named_otherwise(path: Path, paths: Container[Path]) -> bool:
+    if path[-1:] == ("b",) and (*path[:-1], "w") in paths:
+        return True
+    words = [[word.lower() for word in _WORD.findall(key)] for key in path]
+    return any(_ANY_KEY.fullmatch(word) for key in words for word in key) or any(
+        _LAST_KEY.fullmatch(word) for key in words[-1:] for word in key
+    )
 
 
 def compile_patterns(patterns: str | Iterable[str] | None) -> list[re.Pattern[str]]:
@@ -127,7 +152,7 @@ def check_patterns(patterns: Iterable[re.Pattern[str]], paths: Sequence[str]) ->
 def resolve_mask(mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree) -> list[bool]:
     """A mask (a tree of bools or a prefix of one, a callable giving one, or None) as one bool a leaf of `params`."""
     if mask is None:
-        return [is_weight(leaf) for leaf in jax.tree.leaves(params)]
+        return default_mask(params)
     # A module of bools may be callable too, but only a function is a callable leaf.
     tree = mask(params) if callable(mask) and all(map(callable, jax.tree.leaves(mask))) else mask
     for leaf in jax.tree.leaves(tree):

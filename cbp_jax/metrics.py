@@ -1,17 +1,15 @@
-"""How far the weights are from their levels: the failure score, a report a layer, a histogram of levels."""
+"""How far the weights are from their levels: the failure score, a report per layer, a histogram of levels."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cbp_jax.masking import PyTree, path_string
-from cbp_jax.state import ConstrainedLeaf, constrained_leaves, float_dtype
+from cbp_jax.state import ON_LEVEL, ConstrainedLeaf, constrained_leaves, find_states, float_dtype, window
 from cbp_jax.tables import aligned
-
-# A weight counts as being on its level when it is nearer to it than this share of the scale.
-_ON_LEVEL = 1e-3
 
 
 def constraint_failure_score(params: PyTree, opt_state: optax.OptState, relative: bool = False) -> jax.Array:
@@ -49,7 +47,7 @@ def constraint_failure_score(params: PyTree, opt_state: optax.OptState, relative
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What became of one constrained leaf; the arrays have shape () and are float."""
+    """Statistics of one constrained leaf; the arrays have shape () and are float."""
 
     layer: str = dataclasses.field(metadata={"static": True})
     constraint: str = dataclasses.field(metadata={"static": True})
@@ -59,7 +57,7 @@ class LayerReport:
     scale: jax.Array  # the mean, if there is one a channel
     bad_scales: jax.Array  # how many scales are 0 or not finite: their weights are not constrained
     violation: jax.Array  # mean violation in units of the scale, whatever the window
-    on_level: jax.Array  # share of the weights on a level, to 1e-3 of the scale
+    on_level: jax.Array  # share of the weights within 1% of the scale of a level, the tolerance of `pack`
     multiplier_mean: jax.Array
     multiplier_max: jax.Array
 
@@ -67,13 +65,31 @@ class LayerReport:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A `LayerReport` a constrained leaf; printed, an aligned table."""
+    """One `LayerReport` per constrained leaf, and where the schedule stands; printed, an aligned table with a footer.
+
+    The arrays have shape (). Of several links, each figure is that of the one furthest behind.
+    """
 
     layers: tuple[LayerReport, ...]
+    window: jax.Array  # float: the smallest
+    multiplier_updates: jax.Array  # int32: the fewest
+    steps: jax.Array  # int32
+    skipped_values: jax.Array  # int32: steps without a finite value
 
     def __str__(self) -> str:
-        header = ("layer", "constraint", "weights", "scale", "violation", "on level", "multiplier mean", "max")
+        header = ("layer", "constraint", "weights", "scale", "violation", f"on level (±{ON_LEVEL:.0%})", "multiplier mean", "max")
         lines = aligned([header, *map(_row, self.layers)])
+        steps, updates, skipped = int(self.steps), int(self.multiplier_updates), int(self.skipped_values)
+        plural = "" if updates == 1 else "s"
+        lines.append(f"window {float(self.window):.4g}, {updates:,} multiplier update{plural} in {steps:,} steps")
+        if steps and updates <= 1:
+            lines.append(
+                "no update but the first yet: if steps_per_epoch * patience is more than a small part of your run, lower them"
+            )
+        if skipped:
+            lines.append(
+                f"{skipped:,} of {steps:,} steps had no finite value: call optimizer.update(grads, state, params, value=loss)"
+            )
         flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
         if flagged:
             lines.append(f"scale 0 or not finite, so not constrained: {', '.join(flagged)}")
@@ -99,9 +115,10 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
       >>> params = {"kernel": jnp.array([[-0.75, 0.25, 0.5]])}
       >>> state = cbp_jax.cbp(constraint="binary").init(params)
       >>> print(cbp_jax.layer_report(params, state))
-      layer   constraint  weights  scale  violation  on level  multiplier mean  max
-      ------  ----------  -------  -----  ---------  --------  ---------------  ---
-      kernel  binary            3    0.5     0.6667    33.33%                0    0
+      layer   constraint  weights  scale  violation  on level (±1%)  multiplier mean  max
+      ------  ----------  -------  -----  ---------  --------------  ---------------  ---
+      kernel  binary            3    0.5     0.6667          33.33%                0    0
+      window 1, 0 multiplier updates in 0 steps
     """
     layers = []
     for leaf in constrained_leaves(params, opt_state):
@@ -116,12 +133,23 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
                 scale=jnp.mean(leaf.scale) if leaf.scale.size else jnp.zeros((), leaf.scale.dtype),
                 bad_scales=jnp.sum(~((leaf.scale > 0) & jnp.isfinite(leaf.scale))) * bool(leaf.weight.size),
                 violation=jnp.sum(violation, dtype=float_dtype()) / n,
-                on_level=jnp.sum(violation <= 2 * _ON_LEVEL, dtype=float_dtype()) / n,
+                on_level=jnp.sum(violation <= 2 * ON_LEVEL, dtype=float_dtype()) / n,
                 multiplier_mean=jnp.sum(leaf.multiplier, dtype=float_dtype()) / n,
                 multiplier_max=jnp.max(leaf.multiplier, initial=-jnp.inf if leaf.multiplier.size else 0).astype(float_dtype()),
             )
         )
-    return Report(tuple(layers))
+    states = find_states(opt_state)
+
+    def furthest(name: str, pick: Callable[..., jax.Array]) -> jax.Array:
+        return pick(jnp.stack([getattr(state, name) for state in states]))
+
+    return Report(
+        tuple(layers),
+        window=window(opt_state),
+        multiplier_updates=furthest("multiplier_updates", jnp.min),
+        steps=furthest("count", jnp.max),
+        skipped_values=furthest("skipped_values", jnp.max),
+    )
 
 
 def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from cbp_jax.constraints import Constraint
-from cbp_jax.masking import PyTree, is_floating, is_weight, resolve_mask
+from cbp_jax.masking import PyTree, is_floating, resolve_mask
 from cbp_jax.state import CBPState, ScaleFn
 from cbp_jax.transform import ConstraintSpec, GrowthFn, MaskSpec, cbp
 
@@ -56,7 +56,7 @@ def cbp_sgd(
       constraint: as in `cbp_jax.cbp`.
       steps_per_epoch: as in `cbp_jax.cbp`.
       patience: as in `cbp_jax.cbp`.
-      multiplier_learning_rate: learning rate of Adam on the multipliers; not used when `multiplier_optimizer` is given.
+      multiplier_learning_rate: as in `cbp_jax.cbp`.
       momentum: decay of the momentum; None is plain descent.
       weight_decay: coefficient of the weights in the gradient, after clipping.
       gradient_clip: bound of each element of the gradient; None does not clip.
@@ -87,12 +87,11 @@ def cbp_sgd(
 
     Reference: Kim and Jeong (2021), section 4 and algorithm 1.
     """
-    if multiplier_optimizer is None:
-        multiplier_optimizer = optax.adam(multiplier_learning_rate)
     link = cbp(
         constraint,
         steps_per_epoch=steps_per_epoch,
         patience=patience,
+        multiplier_learning_rate=multiplier_learning_rate,
         multiplier_optimizer=multiplier_optimizer,
         mask=mask,
         scale_axis=scale_axis,
@@ -134,7 +133,7 @@ def cbp_sgd(
 
 
 def _kernels(params: PyTree) -> PyTree:
-    return jax.tree.map(is_weight, params)
+    return jax.tree.map(lambda w: is_floating(w) and len(w.shape) >= 2, params)
 
 
 def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None) -> optax.GradientTransformation:

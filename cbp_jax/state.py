@@ -4,6 +4,8 @@ The functions here take any optimizer state and find the `CBPState`s in it. They
 a Flax NNX state, its pure form and the `opt_state` of an `nnx.Optimizer` all fit each other.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,13 +20,18 @@ from cbp_jax.masking import Path, PyTree, as_path, flatten_with_paths, has_modul
 
 ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
+# A weight counts as on its level when it is within this share of the scale.
+ON_LEVEL = 0.01
+# With so few weights per level, distinct values say nothing about whether they are quantized.
+_FEW_PER_LEVEL = 4
+
 
 class CBPState(NamedTuple):
     """State of the `cbp` link; "float" is float32, or float64 under x64.
 
     Trees have the structure of the parameters, with `optax.MaskedNode` where a leaf is not constrained. The constraints are
     structure, not arrays: pickle and `jax.tree` keep them, but Orbax writes arrays alone. To be sure that a state is restored under
-    its own constraint, save its `jax.tree.structure` too, as `experiments/common/checkpoints.py` does.
+    its own constraint, save `cbp_jax.describe(state)` with it and call `cbp_jax.check_description` when it is restored.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: steps taken, saturating; informational
@@ -39,6 +46,7 @@ class CBPState(NamedTuple):
     previous_sum: jax.Array  # shape=(), float: of the last epoch; inf: none yet; -inf: not comparable
     patience_used: jax.Array  # shape=(), dtype=int32: epochs since the window grew
     skipped_values: jax.Array  # shape=(), dtype=int32: steps whose value was missing or not finite
+    multiplier_updates: jax.Array  # shape=(), dtype=int32: ascent steps that the multipliers took, the first call's included
 
 
 class ConstrainedLeaf(NamedTuple):
@@ -239,6 +247,12 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
     shape = tuple(n if axis in kept else 1 for axis, n in enumerate(w.shape)) if kept else ()
     if w.size == 0:
         return jnp.zeros(shape, compute)
+    if kept and math.prod(shape) == w.size > 1:
+        raise ValueError(
+            f"scale_axis={tuple(kept_axes)} keeps every axis of {path_string(path)!r}, of shape {w.shape}: each weight would have "
+            "its own scale, and be on a level from the start. Exclude this leaf with mask=cbp_jax.select(exclude=...), or keep "
+            "fewer axes"
+        )
     scale = jnp.array((scale_fn or mean_absolute_value)(w.astype(compute), kept), compute)
     if scale.shape != shape:
         raise ValueError(f"scale_fn gave {path_string(path)!r} a scale of shape {scale.shape}; shape {shape} was expected")
@@ -253,6 +267,30 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
                 "optimizer.init, or leave this leaf out with mask=cbp_jax.select(exclude=...)"
             )
     return scale
+
+
+def warn_if_quantized(path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]) -> None:
+    """Warns, where values can be seen, if a leaf has no more distinct values than levels (per scale): it is quantized already."""
+    most = len(constraint.levels)
+    if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True):
+        return
+    kept = normalize_axes(path, w.ndim, kept_axes)
+    one_scale = w[tuple(0 if axis in kept else slice(None) for axis in range(w.ndim))] if w.size else w
+    if one_scale.size <= _FEW_PER_LEVEL * most:
+        return
+    # A sample first: float weights have many values, and a large leaf need not leave the device.
+    for weights in (one_scale.reshape(-1)[: _FEW_PER_LEVEL * most], one_scale):
+        distinct = len(np.unique(np.asarray(weights, np.float64)))
+        if distinct > most:
+            return
+    if distinct == 1:  # the scale of a constant leaf is right
+        return
+    warnings.warn(
+        f"{path_string(path)!r} has {distinct} distinct values for the {most} levels of {constraint.name!r}: it looks quantized "
+        "already, and the scale measured on it may not be the one it was quantized with. Restore the optimizer state that "
+        "belongs to these weights instead of calling init, or give init the latent weights",
+        stacklevel=2,
+    )
 
 
 def _replicated(scale: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ from cbp_jax.state import (
     measure_scale,
     pair_with_state,
     state_paths,
+    warn_if_quantized,
 )
 
 ConstraintSpec = str | Constraint | Mapping[str, str | Constraint | None]
@@ -46,6 +47,7 @@ def cbp(
     *,
     steps_per_epoch: int = 1000,
     patience: int = 20,
+    multiplier_learning_rate: ArrayLike = 1e-4,
     multiplier_optimizer: optax.GradientTransformation | None = None,
     mask: MaskSpec = None,
     scale_axis: int | tuple[int, ...] | None = None,
@@ -63,18 +65,21 @@ def cbp(
     At the start of an epoch, of `steps_per_epoch` calls, the last epoch's summed Lagrangian, `value + sum(multiplier * violation)`,
     is compared with that of the one before. If it did not fall, or after `patience` epochs, the window grows and the multipliers
     take one ascent step on the violation. A `value` that is missing or not finite makes its epoch not comparable: the comparison
-    is skipped for that epoch and the next, patience still counts, and `CBPState.skipped_values` counts such steps.
+    is skipped for that epoch and the next, patience still counts, and `CBPState.skipped_values` counts such steps. An `update` that
+    is called (or compiled) without `value` warns, unless `patience` is 1, which compares nothing.
 
     Args:
       constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", a `Constraint`, or a mapping from patterns of paths
         (`re.fullmatch`) to those or None: the first match wins; None, or no match, leaves the leaf unconstrained.
       steps_per_epoch: calls of `update` that make an epoch of the schedule; under `optax.MultiSteps`, emitted updates.
       patience: epochs after which the window grows even while the Lagrangian falls.
+      multiplier_learning_rate: learning rate of Adam on the multipliers; not used when `multiplier_optimizer` is given.
       multiplier_optimizer: a descending optax optimizer for the multipliers; it is given minus the violation, and so ascends.
-        None is `optax.adam(1e-4)`. `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments: a violation of 3e-3,
-        in the weights' unit, or more moves a multiplier by 1e-4.
+        None is `optax.adam(multiplier_learning_rate)`. `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments:
+        a violation of 3e-3, in the weights' unit, or more moves a multiplier by 1e-4.
       mask: which leaves to constrain: a tree of bools, a prefix of one, or a callable from parameters to such a tree, as
-        `cbp_jax.select` makes. None: floating leaves with at least two axes. First and last layers should be left out.
+        `cbp_jax.select` makes. None: floating leaves with at least two axes, but no biases, scales, norm parameters, embeddings or
+        position tables, recognized by their paths. First and last layers should be left out.
       scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output channel of Flax kernels. None: one
         scale a tensor.
       scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean absolute value. Give it to
@@ -117,7 +122,7 @@ def cbp(
     kept_axes = _as_axes(scale_axis)
     if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
         raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
-    ascent = optax.with_extra_args_support(optax.adam(1e-4) if multiplier_optimizer is None else multiplier_optimizer)
+    ascent = optax.with_extra_args_support(multiplier_optimizer or optax.adam(multiplier_learning_rate))
     grow = _default_growth if window_growth is None else window_growth
 
     def init_fn(params: PyTree) -> CBPState:
@@ -138,6 +143,9 @@ def cbp(
             constraints = build(lambda path, node: chosen[path])
             multipliers = build(zeros)
             scales = build(lambda path, node: measure_scale(path, jax.tree.leaves(node)[0], kept_axes, scale_fn))
+            for path, leaf in flatten_with_paths(params):
+                if path in chosen:
+                    warn_if_quantized(path, leaf, chosen[path], kept_axes)
         return CBPState(
             count=jnp.zeros((), jnp.int32),
             step_in_epoch=jnp.zeros((), jnp.int32),
@@ -151,6 +159,7 @@ def cbp(
             previous_sum=jnp.array(jnp.inf, float_dtype()),
             patience_used=jnp.zeros((), jnp.int32),
             skipped_values=jnp.zeros((), jnp.int32),
+            multiplier_updates=jnp.zeros((), jnp.int32),
         )
 
     def update_fn(
@@ -158,6 +167,12 @@ def cbp(
     ) -> tuple[PyTree, CBPState]:
         del extra_args
         leaves = _pair(params, state)
+        if value is None and not (isinstance(patience, int) and patience == 1):
+            warnings.warn(
+                "cbp's update got no value: the Lagrangian cannot be judged, so the window grows by patience alone. Call "
+                "optimizer.update(grads, state, params, value=loss); Flax's TrainState.apply_gradients does not pass it on",
+                stacklevel=2,
+            )
         state = _start_of_epoch(state, leaves, ascent, grow, patience)
 
         grads = dict(flatten_with_paths(updates))
@@ -202,7 +217,8 @@ def _start_of_epoch(
         return jnp.zeros_like(grows), *new
 
     # A loop of one turn or none: on a GPU some versions of XLA copy all that goes through a conditional, in every step.
-    due = (grows | ~state.started, state.multipliers, state.multiplier_opt_state)
+    moves = grows | ~state.started
+    due = (moves, state.multipliers, state.multiplier_opt_state)
     with jax.named_scope("move_multipliers"):
         _, multipliers, opt_state = jax.lax.while_loop(lambda due: due[0], ascend, due)
     previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
@@ -214,6 +230,7 @@ def _start_of_epoch(
         lagrangian_sum=jnp.where(ended, 0, state.lagrangian_sum),
         previous_sum=jnp.where(grows, jnp.inf, previous_sum),
         patience_used=jnp.where(grows, 0, used),
+        multiplier_updates=jnp.where(moves, optax.safe_increment(state.multiplier_updates), state.multiplier_updates),
     )
 
 
@@ -292,7 +309,9 @@ def _assign_constraints(
         check_patterns([pattern for pattern, _ in rules], [path_string(path) for path in candidates])
     elif leaves and mask is None:
         warnings.warn(
-            "cbp constrains nothing: no parameter is floating with at least two axes; name leaves with mask=", stacklevel=3
+            "cbp constrains nothing: no parameter is floating with at least two axes, but those named as biases, scales, norm "
+            "parameters, embeddings or positions; name leaves with mask=cbp_jax.select(include=...)",
+            stacklevel=3,
         )
     chosen = {}
     for path, leaf in candidates.items():

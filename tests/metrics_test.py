@@ -85,7 +85,7 @@ def test_layer_report(axis, compiled):
         assert layer.weights == violation.size
         assert layer.scale == pytest.approx(np.mean(scale), rel=1e-6)
         assert layer.violation == pytest.approx(np.mean(violation / scale), rel=1e-5)
-        assert layer.on_level == pytest.approx(np.mean(violation / scale / 2 <= 1e-3))
+        assert layer.on_level == pytest.approx(np.mean(violation / scale / 2 <= 1e-2))
         assert layer.multiplier_mean == pytest.approx(np.mean(np.float64(multiplier)), rel=1e-5)
         assert layer.multiplier_max == np.max(multiplier)
         assert layer.bad_scales == 0
@@ -93,22 +93,70 @@ def test_layer_report(axis, compiled):
     assert cbp_jax.constraint_failure_score(params, state, relative=True) == pytest.approx(weighted, rel=1e-5)
 
 
-def test_on_level_is_to_a_thousandth_of_the_scale():
-    params = {"w": 2 + 2 * jnp.array([[0.0, 0.0009, -0.0009, 0.0011, -0.0011, 0.5]])}
+def test_on_level_has_the_tolerance_of_pack():
+    """1% of the scale: what counts as on its level is what `pack` takes without rounding."""
+    offsets = jnp.array([[0.0, 0.009, -0.009, 0.011, -0.011, 0.5]])
+    params = {"w": 2 + 2 * offsets}
     state = cbp_jax.cbp("binary", scale_fn=lambda w, _: jnp.full((), 2.0)).init(params)
     (layer,) = cbp_jax.layer_report(params, state).layers
     assert layer.on_level == 0.5
+    assert cbp_jax.pack(params, state, round=True).rounding[0].moved == 3
 
 
 def test_the_table():
     params = {"block": {"kernel": jnp.array([[1.0, -1.0, 0.5, -1.5]])}, "stem": jnp.ones((25, 40))}
     state = cbp_jax.cbp({"stem": "ternary", ".*": "binary"}).init(params)
     assert str(cbp_jax.layer_report(params, state)).splitlines() == [
-        "layer         constraint  weights  scale  violation  on level  multiplier mean  max",
-        "------------  ----------  -------  -----  ---------  --------  ---------------  ---",
-        "block/kernel  binary            4      1        0.5    50.00%                0    0",
-        "stem          ternary       1,000      1          0   100.00%                0    0",
+        "layer         constraint  weights  scale  violation  on level (±1%)  multiplier mean  max",
+        "------------  ----------  -------  -----  ---------  --------------  ---------------  ---",
+        "block/kernel  binary            4      1        0.5          50.00%                0    0",
+        "stem          ternary       1,000      1          0         100.00%                0    0",
+        "window 1, 0 multiplier updates in 0 steps",
     ]
+
+
+def footer(steps, **arguments):
+    """The lines below the table after some steps."""
+    params = {"w": jnp.array([[1.0, -2.0]])}
+    link = cbp_jax.cbp("binary", **arguments)
+
+    @jax.jit
+    def step(state, value):
+        return link.update(params, state, params, value=value)[1]
+
+    state = link.init(params)
+    for value in steps:
+        state = step(state, value)
+    return str(cbp_jax.layer_report(params, state)).splitlines()[3:]
+
+
+def test_the_footer_says_where_the_schedule_stands():
+    moved = footer([1.0] * 9, steps_per_epoch=2, patience=1)
+    assert moved == ["window 5, 5 multiplier updates in 9 steps"]
+    closed = footer([1.0] * 3, steps_per_epoch=1, patience=1, initial_window=float("inf"))
+    assert closed == ["window inf, 3 multiplier updates in 3 steps"]
+
+
+def test_the_footer_tells_of_a_schedule_that_does_not_move():
+    """The trap of the defaults on a small problem: thousands of steps without a second update."""
+    position, advice = footer([1.0] * 50)
+    assert position == "window 1, 1 multiplier update in 50 steps"
+    assert "steps_per_epoch * patience" in advice
+
+
+def test_the_footer_counts_steps_without_a_value():
+    lines = footer([1.0, float("nan"), 2.0], steps_per_epoch=1, patience=1)
+    assert lines[1] == "1 of 3 steps had no finite value: call optimizer.update(grads, state, params, value=loss)"
+
+
+def test_the_footer_of_several_links_is_that_of_the_one_behind():
+    params = {"a": jnp.array([[1.0, -3.0]]), "c": jnp.array([[2.0, 1.0]])}
+    links = {"one": cbp_jax.cbp("binary", steps_per_epoch=1, patience=1), "two": cbp_jax.cbp("ternary", steps_per_epoch=100)}
+    optimizer = optax.multi_transform(links, {"a": "one", "c": "two"})
+    state = optimizer.init(params)
+    for _ in range(3):
+        _, state = optimizer.update(params, state, params, value=1.0)
+    assert "window 1, 1 multiplier update in 3 steps" in str(cbp_jax.layer_report(params, state))
 
 
 def test_a_scale_of_zero_is_flagged():
@@ -153,4 +201,4 @@ def test_several_links_and_none_constrained():
     nothing = cbp_jax.cbp("binary", mask=False).init(params)
     assert cbp_jax.constraint_failure_score(params, nothing) == 0
     assert cbp_jax.level_histogram(params, nothing) == {}
-    assert len(str(cbp_jax.layer_report(params, nothing)).splitlines()) == 2
+    assert len(str(cbp_jax.layer_report(params, nothing)).splitlines()) == 3

@@ -18,7 +18,7 @@ NAMES = ["binary", "ternary", "one_bit_shift", "two_bit_shift"]
 class Regression:
     """Three linear least-squares layers, two of them constrained; the gradient written out, at the quantized weights."""
 
-    shapes = {"a": (3, 5), "b": (2, 2, 4), "free": (4, 2)}  # noqa: RUF012
+    shapes = {"a": (3, 5, 2), "b": (2, 2, 4), "free": (4, 2)}  # noqa: RUF012
 
     def __init__(self, seed):
         rng = np.random.default_rng(seed)
@@ -231,6 +231,12 @@ def test_default_multiplier_optimizer_is_adam_at_1e_4():
     np.testing.assert_allclose(state.multipliers["w"], [[1e-4, 0, 0, 0]], rtol=1e-5)
 
 
+def test_multiplier_learning_rate_is_that_of_adam():
+    problem, when = Regression(4), {"steps_per_epoch": 1, "patience": 2}
+    link = cbp_jax.cbp("ternary", multiplier_learning_rate=7e-3, mask={"a": True, "b": True, "free": False}, **when)
+    compare(link, schedule("ternary", problem, rate=7e-3, **when), problem, 12)
+
+
 def test_another_multiplier_optimizer():
     problem, when = Regression(6), {"steps_per_epoch": 2, "patience": 2}
     reference = schedule("binary", problem, **when)
@@ -244,7 +250,7 @@ def test_a_mapping_gives_each_leaf_its_constraint():
     reference = schedule("binary", problem, **when)
     reference.levels = {"a": cbp_jax.two_bit_shift().levels, "b": (-1.0, 1.0)}
     constraints = {"free": None, "a": cbp_jax.two_bit_shift(), ".*": "binary"}
-    compare(cbp_jax.cbp(constraints, multiplier_optimizer=optax.adam(3e-3), **when), reference, problem, 40)
+    compare(cbp_jax.cbp(constraints, multiplier_optimizer=optax.adam(3e-3), mask=True, **when), reference, problem, 40)
 
 
 def test_scale_fn():
@@ -305,7 +311,7 @@ def test_the_state_starts_as_documented():
     state = cbp_jax.cbp("binary", initial_window=2).init(params)
     assert state._fields == (
         "count", "step_in_epoch", "started", "constraints", "multipliers", "weight_scale", "window", "multiplier_opt_state",
-        "lagrangian_sum", "previous_sum", "patience_used", "skipped_values",
+        "lagrangian_sum", "previous_sum", "patience_used", "skipped_values", "multiplier_updates",
     )  # fmt: skip
     assert state.constraints == {"w": cbp_jax.binary(), "b": optax.MaskedNode()}
     np.testing.assert_array_equal(state.multipliers["w"], [[0, 0]])
