@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from cbp_jax.masking import PyTree
-from cbp_jax.packing import Packed, unpack
+from cbp_jax.packing import Packed, is_array_like, unpack
 
 
 def make_predict(
@@ -56,13 +56,28 @@ def make_predict(
       [[0. 1.]]
     """
     if weights == "expand":
-        return Partial(jax.jit(model_fn), unpack(packed, template, dtype=dtype))
+        arrays, rest = _partition(unpack(packed, template, dtype=dtype))
+
+        def predict_from_arrays(arrays: PyTree, *inputs: Any) -> Any:
+            return model_fn(_combine(arrays, rest), *inputs)
+
+        return Partial(jax.jit(predict_from_arrays), arrays)
     if weights != "packed":
         raise ValueError(f"weights={weights!r} is neither 'expand' nor 'packed'")
-    jax.eval_shape(lambda packed: unpack(packed, template, dtype=dtype), packed)  # what does not fit is told now
+    jax.eval_shape(lambda packed: _partition(unpack(packed, template, dtype=dtype))[0], packed)  # fail early on a mismatch
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else None
 
     def predict(packed: Packed, *inputs: Any) -> Any:
         return model_fn(unpack(packed, template, dtype=dtype), *inputs)
 
     return Partial(jax.jit(predict, compiler_options=options), jax.device_put(packed))
+
+
+def _partition(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The arrays of a tree, and its other leaves, which no jitted function takes; None stands where the other part has a leaf."""
+    arrays = jax.tree.map(lambda leaf: leaf if is_array_like(leaf) else None, tree)
+    return arrays, jax.tree.map(lambda leaf: None if is_array_like(leaf) else leaf, tree)
+
+
+def _combine(arrays: PyTree, rest: PyTree) -> PyTree:
+    return jax.tree.map(lambda own, array: array if own is None else own, rest, arrays, is_leaf=lambda node: node is None)

@@ -21,11 +21,8 @@ from jax.typing import DTypeLike
 from cbp_jax.bits import pack_bits, unpack_bits
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
-from cbp_jax.state import ConstrainedLeaf, constrained_leaves
+from cbp_jax.state import ON_LEVEL, ConstrainedLeaf, constrained_leaves
 from cbp_jax.tables import aligned
-
-# A weight farther from its level than this share of the scale is not packed without being asked to.
-_OFF_LEVEL = 0.01
 
 
 class PackedError(ValueError):
@@ -107,7 +104,7 @@ class Packed:
 
     def __str__(self) -> str:
         rounding = {path: moved for path, *moved in self.rounding}
-        rows = [("tensor", "constraint", "weights", "bits", "bytes", *(("moved", "furthest") if rounding else ()))]
+        rows = [("tensor", "constraint", "weights", "bits", "bytes", *(("moved", "furthest / scale") if rounding else ()))]
         packed = {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, PackedTensor)}
         for name, tensor in packed.items():
             how_far = (f"{rounding[name][0]:,}", f"{rounding[name][1]:.2g}") if rounding else ()
@@ -127,8 +124,9 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
     The code of a weight is the index of its level; `ceil(size * bits / 8)` bytes hold those of a tensor.
 
     Args:
-      params: the latent weights. Leaves that the state does not know travel along, such as batch statistics: give
-        `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params, "batch_stats": batch_stats}` of a dictionary.
+      params: the latent weights. Unconstrained leaves are stored unchanged, such as batch statistics: give
+        `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params, "batch_stats": batch_stats}` of a dictionary. What is no
+        array, as an Equinox module's functions and numbers, is not stored: `unpack` takes it from its template.
       opt_state: any optimizer state with one or more `CBPState`s in it.
       round: put weights on their levels that are not on them. `Packed.rounding`, and the printed table, say how many moved by more
         than 1% of the scale, and how far.
@@ -140,7 +138,7 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
       ValueError: as `quantize` does; if, without `round`, weights are off their levels by more than 1% of the scale, naming the
         layers and by how much; if constrained weights or scales are not numbers; if two paths have the same name; if an array is
         spread over several hosts.
-      TypeError: if a leaf is not an array.
+      TypeError: if a leaf is a random key or another array that has no bytes.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -157,6 +155,8 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
         name = tensor_name(path)
         if name in tensors:
             raise ValueError(f"two leaves have the path {path_string(path)!r}: rename one of them")
+        if not is_array_like(leaf):
+            continue
         _check_here(path, leaf)
         if path in constrained:
             tensors[name], moved = _pack_leaf(constrained[path])
@@ -169,7 +169,7 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
             f"{entry.layer}: {entry.moved:,} weights, by up to {entry.furthest:.2g} of the scale" for entry in off[:10]
         )
         raise ValueError(
-            f"{len(off)} of {len(rounding)} constrained layers have weights more than {_OFF_LEVEL:.0%} of the scale off their "
+            f"{len(off)} of {len(rounding)} constrained layers have weights more than {ON_LEVEL:.0%} of the scale off their "
             f"levels ({named}): train on until constraint_failure_score is small, or give round=True to put them on their levels"
         )
     return Packed(tensors, tuple(rounding))
@@ -184,7 +184,7 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
     Args:
       packed: of `pack` or `load_packed`.
       template: a tree with the paths and shapes of the one that was packed, of arrays or of `jax.ShapeDtypeStruct`s: a Flax NNX
-        state, an Equinox module, ... None gives nested dictionaries.
+        state, an Equinox module, ... Its leaves that are no arrays are part of the result. None gives nested dictionaries.
       dtype: of the constrained weights; None for the one they had.
 
     Returns:
@@ -203,7 +203,8 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
     """
     if template is None:
         return _nested({name: _unpack_tensor(name, tensor, dtype) for name, tensor in packed.tensors.items()})
-    leaves = {tensor_name(path): leaf for path, leaf in flatten_with_paths(template)}
+    pairs = [(tensor_name(path), leaf) for path, leaf in flatten_with_paths(template)]
+    leaves = {name: leaf for name, leaf in pairs if is_array_like(leaf)}
     for name in leaves:
         if name not in packed.tensors:
             raise PackedError(f"the packed weights have no {name!r}, which the template has; they have {_some(packed.tensors)}")
@@ -212,7 +213,7 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
             raise PackedError(f"the template has no {name!r}, which the packed weights have; it has {_some(leaves)}")
         if tuple(tensor.shape) != jnp.shape(leaves[name]):
             raise PackedError(f"{name!r} has shape {tuple(tensor.shape)}, but the template's has {jnp.shape(leaves[name])}")
-    restored = [_unpack_tensor(name, packed.tensors[name], dtype) for name in leaves]
+    restored = [_unpack_tensor(name, packed.tensors[name], dtype) if name in leaves else leaf for name, leaf in pairs]
     return jax.tree.unflatten(jax.tree.structure(template), restored)
 
 
@@ -249,6 +250,11 @@ def _same(a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+def is_array_like(leaf: Any) -> bool:
+    """Whether a leaf has numbers to store, unlike the functions and settings in an Equinox module."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
 def _check_here(path: Path, leaf: Any) -> None:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{path_string(path)!r} cannot be packed: it is {type(leaf).__name__}, and only arrays can be")
@@ -283,7 +289,7 @@ def _encode(w: jax.Array, scale: jax.Array, constraint: Constraint) -> tuple[jax
     distance = jnp.where(w == on_level, 0, jnp.abs(w.astype(compute) - on_level.astype(compute)))
     relative = jnp.where(distance > 0, distance / jnp.asarray(scale, compute), 0)  # infinite where the scale is 0
     codes = pack_bits(constraint.level_index(w, scale).reshape(-1), constraint.bits)
-    return codes, jnp.sum(relative > _OFF_LEVEL), jnp.max(relative, initial=0), finite
+    return codes, jnp.sum(relative > ON_LEVEL), jnp.max(relative, initial=0), finite
 
 
 def _unpack_tensor(name: str, tensor: Any, dtype: DTypeLike | None) -> jax.Array:

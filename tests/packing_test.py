@@ -248,8 +248,8 @@ def test_refuses_what_is_no_number(bad):
 
 def test_refuses_leaves_that_are_no_arrays():
     params = {"kernel": jnp.ones((2, 2))}
-    with pytest.raises(TypeError, match=r"'activation'.*it is function"):
-        cbp_jax.pack({**params, "activation": lambda x: x}, state_of(params))
+    with pytest.raises(TypeError, match=r"'shape'.*it is ShapeDtypeStruct"):
+        cbp_jax.pack({**params, "shape": jax.ShapeDtypeStruct((2,), jnp.float32)}, state_of(params))
     with pytest.raises(TypeError, match=r"'key'.*random key"):
         cbp_jax.pack({**params, "key": jax.random.key(0)}, state_of(params))
 
