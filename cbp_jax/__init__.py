@@ -10,6 +10,7 @@ from cbp_jax.constraints import (
     two_bit_shift,
     uniform,
 )
+from cbp_jax.description import check_description, describe
 from cbp_jax.inference import make_predict
 from cbp_jax.masking import select
 from cbp_jax.metrics import LayerReport, Report, constraint_failure_score, layer_report, level_histogram
@@ -35,7 +36,9 @@ __all__ = [
     "binary",
     "cbp",
     "cbp_sgd",
+    "check_description",
     "constraint_failure_score",
+    "describe",
     "export_onnx",
     "get_constraint",
     "keep_params_in_box",
