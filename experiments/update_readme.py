@@ -12,6 +12,7 @@ and CIFAR-10:
     run binary --config.pretrained=experiments/results/cifar10_resnet20/pretrain --config.constraint=binary \\
         --config.steps_per_epoch=50 --config.epochs=40 --config.patience=1 --config.multiplier_learning_rate=3e-3
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
+    (cd experiments && python -m benchmarks.closing)
     python experiments/update_readme.py
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from benchmarks import page
+from benchmarks import closing, page, timing
 from common.post_training import CONSTRAINTS
 from common.report import Summary, Workdir, format_table
 
@@ -75,6 +76,26 @@ def short_run_table(experiment: str) -> str:
     return format_table(header, rows)
 
 
+# What the advice on settings rests on: optimizer, multiplier rate, growth of the window; binary weights.
+_ADVICE = (
+    ("SGD, constant", 0.0, ""),
+    ("SGD, constant", 1e-3, "+10"),
+    ("SGD, constant", 1e-2, "+10"),
+    ("SGD, cosine", 1e-4, "+10"),
+    ("SGD, cosine", 1e-3, "+10"),
+    ("SGD, cosine", 1e-3, "×1.5"),
+    ("AdamW, cosine", 0.0, ""),
+    ("AdamW, cosine", 1e-3, "×1.5"),
+)
+
+
+def advice_table() -> str:
+    """The rows of the `closing` benchmark that README's advice on settings refers to."""
+    rows = json.loads((timing.RESULTS / "closing.json").read_text())["runs"]
+    found = {(row["optimizer"], row["rate"], row["growth"]): row for row in rows if row["constraint"] == "binary"}
+    return closing.table([found[key] for key in _ADVICE])
+
+
 def tables() -> dict[str, str]:
     """The text between each pair of markers."""
     return {
@@ -82,6 +103,7 @@ def tables() -> dict[str, str]:
         "digits-seeds": seeds_table("digits"),
         "fashion_mnist-seeds": seeds_table("fashion_mnist"),
         "cifar10_resnet20": short_run_table("cifar10_resnet20"),
+        "closing": advice_table(),
         "cost": page.aims(),
     }
 

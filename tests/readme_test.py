@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import cbp_jax
 
@@ -16,6 +17,8 @@ README = (ROOT / "README.md").read_text()
 EXAMPLE = re.search(r"<!-- tested by tests/readme_test.py -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
 DEPLOY = re.search(r"<!-- tested by tests/readme_test.py: deploy -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
 LIGHT = re.search(r"<!-- tested by tests/readme_test.py: light -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+NNX = re.search(r"<!-- tested by tests/readme_test.py: nnx -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+LINEN = re.search(r"<!-- tested by tests/readme_test.py: linen -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
 
 
 def test_example(capsys):
@@ -36,15 +39,19 @@ def test_example(capsys):
             x = x if name == "head" else jax.nn.relu(x)
         return optax.softmax_cross_entropy_with_integer_labels(x, batch[1]).mean()
 
-    namespace = {"params": params, "loss_fn": loss_fn, "batches": [(images, labels)] * 50}
+    namespace = {"params": params, "loss_fn": loss_fn, "batches": [(images, labels)] * 3000}
     exec(EXAMPLE, namespace)
 
     scale = np.mean(np.abs(params["middle"]["kernel"]))
     levels = np.unique(namespace["weights"]["middle"]["kernel"])
     np.testing.assert_allclose(levels, [-scale, 0, scale], rtol=1e-6)
     assert len(np.unique(namespace["weights"]["head"]["kernel"])) == 48  # left in full precision
-    assert "middle/kernel  ternary" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "middle/kernel  ternary" in printed
+    assert "60 multiplier updates in 3,000 steps" in printed
     assert namespace["loss"] < loss_fn(params, (images, labels))
+    # With the schedule that the example states, the constraint is met at the end.
+    assert cbp_jax.constraint_failure_score(namespace["params"], namespace["state"], relative=True) < 0.01
 
 
 def test_deployment(tmp_path, monkeypatch, capsys):
@@ -78,12 +85,39 @@ def test_the_light_setting():
     np.testing.assert_allclose(np.float32(state.cbp.multipliers["kernel"]), [[0, 0], [0, 1e-4]], rtol=1e-2)
 
 
+def test_nnx_example():
+    """Batch statistics and the dropout counter move in the user's module; see `nnx_test.py` for the numbers."""
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Linear(8, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+            self.dropout, self.middle = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.middle(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    def loss_fn(model, batch):
+        return jnp.mean((model(batch) - 1) ** 2)
+
+    model = Network(nnx.Rngs(0))
+    link = cbp_jax.cbp("ternary", steps_per_epoch=2, patience=1, mask=cbp_jax.select(include="middle/kernel"))
+    namespace = {"nnx": nnx, "optax": optax, "cbp_jax": cbp_jax, "model": model, "link": link, "loss_fn": loss_fn}
+    exec(NNX, namespace)
+    losses = [
+        namespace["train_step"](model, namespace["optimizer"], jax.random.normal(jax.random.key(0), (32, 8))) for _ in range(20)
+    ]
+    assert losses[-1] < losses[0]
+    assert model.dropout.rngs.count[...] == 20
+    assert float(jnp.max(jnp.abs(model.norm.mean[...]))) > 0.01
+    assert cbp_jax.window(namespace["optimizer"].opt_state) == 10
+
+
 def test_example_is_ten_lines_or_so():
     code = [line for line in EXAMPLE.splitlines() if line.strip()]
     assert len(code) <= 15
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20", "cost"])
+@pytest.mark.parametrize("name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20", "closing", "cost"])
 def test_tables_are_those_of_the_runs(name):
     pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
     import update_readme

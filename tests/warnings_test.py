@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from readme_test import LINEN
 
 import cbp_jax
 
@@ -20,13 +21,13 @@ def no_value_warnings(caught):
     return [entry for entry in caught if "got no value" in str(entry.message)]
 
 
-class TrainState(train_state.TrainState):
-    """The one of the README: flax's own does not hand the loss on."""
+def readme_train_state():
+    namespace = {"train_state": train_state, "optax": optax}
+    exec(LINEN, namespace)
+    return namespace["TrainState"]
 
-    def apply_gradients(self, *, grads, value, **changes):
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, value=value)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
+
+TrainState = readme_train_state()
 
 
 def linen_run(kind, steps, **arguments):
