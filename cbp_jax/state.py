@@ -272,18 +272,18 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
 def warn_if_quantized(path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]) -> None:
     """Warns, where values can be seen, if a leaf has no more distinct values than levels (per scale): it is quantized already."""
     most = len(constraint.levels)
-    if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True):
+    if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True) or not w.size:
         return
     kept = normalize_axes(path, w.ndim, kept_axes)
-    one_scale = w[tuple(0 if axis in kept else slice(None) for axis in range(w.ndim))] if w.size else w
-    if one_scale.size <= _FEW_PER_LEVEL * most:
+    one_scale = tuple(0 if axis in kept else slice(None) for axis in range(w.ndim))
+    if math.prod(n for axis, n in enumerate(w.shape) if axis not in kept) <= _FEW_PER_LEVEL * most:
         return
-    # A sample first: float weights have many values, and a large leaf need not leave the device.
-    for weights in (one_scale.reshape(-1)[: _FEW_PER_LEVEL * most], one_scale):
-        distinct = len(np.unique(np.asarray(weights, np.float64)))
-        if distinct > most:
-            return
-    if distinct == 1:  # the scale of a constant leaf is right
+    # A sample of one shard first: float weights have many values, and a large leaf need not leave the device.
+    shard = w.addressable_data(0) if isinstance(w, jax.Array) else w
+    distinct = _count_distinct(shard[one_scale].reshape(-1)[: _FEW_PER_LEVEL * most])
+    if distinct <= most:
+        distinct = _count_distinct(np.asarray(w)[one_scale])
+    if not 1 < distinct <= most:  # of a constant leaf the scale is right
         return
     warnings.warn(
         f"{path_string(path)!r} has {distinct} distinct values for the {most} levels of {constraint.name!r}: it looks quantized "
@@ -291,6 +291,10 @@ def warn_if_quantized(path: Path, w: jax.Array, constraint: Constraint, kept_axe
         "belongs to these weights instead of calling init, or give init the latent weights",
         stacklevel=2,
     )
+
+
+def _count_distinct(weights: jax.Array | np.ndarray) -> int:
+    return len(np.unique(np.asarray(weights, np.float64)))
 
 
 def _replicated(scale: jax.Array) -> jax.Array:

@@ -229,6 +229,7 @@ def test_no_two_arrays_share_a_buffer(kind):
 
 @pytest.mark.parametrize("make", [lambda: cbp_jax.cbp(**ARGUMENTS), lambda: cbp_jax.cbp_sgd(0.1, "binary")], ids=["cbp", "cbp_sgd"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.filterwarnings("ignore:cbp's update got no value")
 def test_types_are_stable(make, dtype):
     """In whatever dtype the loss comes; weak types count, as a change of them compiles anew."""
     with jax.enable_x64(dtype == "float64"):

@@ -83,13 +83,21 @@ def test_init(mesh, compiled, arguments):
     assert_close(state, optimizer.init(on_one_device()))
 
 
-@pytest.mark.parametrize("axis", [None, -1, (0, -1)], ids=["a tensor", "a channel", "both axes"])
+@pytest.mark.parametrize("axis", [None, -1, (0, -1)], ids=["a tensor", "a channel", "two axes"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_scales_are_replicated(mesh, compiled, axis):
     if compiled and axis is not None and jax.sharding.AxisType.Explicit not in mesh.axis_types:
         pytest.skip("automatic sharding: the compiler decides")
     init = cbp_jax.cbp("binary", scale_axis=axis).init
-    state = (jax.jit(init) if compiled else init)(on_mesh(mesh))
+    params = on_mesh(mesh)
+    if isinstance(axis, tuple):  # an axis between them, which is not kept
+        specs = {key: P(*spec, *[None] * (2 - len(spec))) for key, spec in SPECS.items()}
+        params = {
+            key: jax.device_put(np.stack([w, 2 * w], 1), NamedSharding(mesh, P(specs[key][0], None, specs[key][1])))
+            for key, w in INITIAL.items()
+            if w.ndim == 2
+        }
+    state = (jax.jit(init) if compiled else init)(params)
     for key in ("up", "down", "whole"):
         assert state.weight_scale[key].is_fully_replicated, key
 
