@@ -4,7 +4,7 @@
     python experiments/cifar10_resnet18.py --config.pretrained=runs/cifar_resnet18 --config.constraint=binary \\
         --workdir=runs/cifar_resnet18_binary
 
-The same command goes on where a stopped run was. For an accelerator: a step is more than ten times the arithmetic of ResNet-20's.
+The same command resumes a stopped run. For an accelerator: a step is more than ten times the arithmetic of ResNet-20's.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
     python experiments/cifar10_resnet20.py --config.pretrained=runs/resnet20 --config.constraint=binary \\
         --workdir=runs/resnet20_binary
 
-The same command goes on where a stopped run was. Meant for an accelerator; how it was shortened for a CPU is said in
+The same command resumes a stopped run. Meant for an accelerator; how it was shortened for a CPU is said in
 `experiments/update_readme.py`.
 """
 

@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.window_factor = 1.5
     # Weights travel about their own size in the time before the learning rate drops.
     config.learning_rate = 3e-2
-    # Once constrained, a weight hums around its level with an amplitude of multiplier times learning rate: small is better,
+    # Once constrained, a weight oscillates around its level with an amplitude of multiplier times learning rate: small is better,
     # as long as the multipliers outgrow the gradients of the loss, which are tiny once the digits are learnt.
     config.multiplier_learning_rate = 3e-4
     return config

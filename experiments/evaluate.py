@@ -1,10 +1,12 @@
 """Top-1, top-5 and constraint-failure score of a run's newest checkpoint, or the accuracy of a PyTorch file.
 
+    python experiments/evaluate.py --workdir=runs/digits/binary
     python experiments/evaluate.py --workdir=runs/resnet50_binary
     python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent
     python experiments/evaluate.py --network=resnet50 --pretrained=resnet50.pth --data_dir=DIR
 
-A run says in its `config.json` what it is; `--data`, `--data_dir`, `--batch_size` and `--limit` may differ from it.
+A run says in its `config.json` what it is; `--data`, `--data_dir`, `--batch_size` and `--limit` may differ from it. Of a small
+experiment (digits, Fashion-MNIST) all test images count, and `--data_dir` alone may differ.
 """
 
 import sys
@@ -16,7 +18,6 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 from common import finished, networks, runner, settings
-from common.checkpoints import AnotherTreeError
 from common.loaders import Loader, open_data
 from ml_collections import config_dict
 
@@ -32,27 +33,19 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images at a time.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
 
 
-def evaluate_run(
-    config: ml_collections.ConfigDict, workdir: Path, loader: Loader, latent: bool = False, limit: int | None = None
-) -> dict[str, float]:
-    """Accuracy and constraint-failure score of the newest checkpoint that can be read.
+def evaluate_run(run: finished.Run, latent: bool = False) -> dict[str, float]:
+    """Accuracy and constraint-failure score of a run.
 
     Args:
-      config: of the run.
-      workdir: of the run.
-      loader: the data.
+      run: of `finished.open_run`.
       latent: evaluate the latent weights instead of the quantized ones, where a run has both.
-      limit: evaluate on so many images.
 
     Returns:
       "step", "top1", "top5", "images", "unreadable", and of a constrained run "cfs", "cfs_relative", "window".
-
-    Raises:
-      FileNotFoundError: if there is no checkpoint.
     """
-    setup, state = finished.restore(config, workdir, loader)
+    state = run.state
     weights, scores = state.params, {"step": float(state.step)}
-    if config.phase == "post_train":
+    if run.constrained:
         scores |= {
             "cfs": float(cbp_jax.constraint_failure_score(state.params, state.opt_state)),
             "cfs_relative": float(cbp_jax.constraint_failure_score(state.params, state.opt_state, relative=True)),
@@ -60,7 +53,7 @@ def evaluate_run(
         }
         if not latent:
             weights = jax.jit(cbp_jax.quantize)(state.params, state.opt_state)
-    return scores | runner.Evaluation(setup, loader)(weights, state.batch_stats, limit)
+    return scores | run.accuracy(weights, state.batch_stats)
 
 
 def evaluate_file(config: ml_collections.ConfigDict, loader: Loader, limit: int | None = None) -> dict[str, float]:
@@ -83,16 +76,15 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1 or bool(_WORKDIR.value) == bool(_PRETRAINED.value) or bool(_PRETRAINED.value) != bool(_NETWORK.value):
         raise app.UsageError("give --workdir=RUN, or --network=NAME and --pretrained=FILE")
-    workdir = Path(_WORKDIR.value)
     changes: dict[str, Any] = {"data": _DATA.value, "data_dir": _DATA_DIR.value, "batch_size": _BATCH_SIZE.value}
     try:
-        config = finished.read_config(workdir, changes) if _WORKDIR.value else _config_of_file(changes)
-        loader = open_data(config)
         if _WORKDIR.value:
-            scores = evaluate_run(config, workdir, loader, _WEIGHTS.value == "latent", _LIMIT.value or None)
+            run = finished.open_run(Path(_WORKDIR.value), changes, _LIMIT.value or None)
+            scores = evaluate_run(run, _WEIGHTS.value == "latent")
         else:
-            scores = evaluate_file(config, loader, _LIMIT.value or None)
-    except (FileNotFoundError, ImportError, AnotherTreeError) as error:
+            config = _config_of_file(changes)
+            scores = evaluate_file(config, open_data(config), _LIMIT.value or None)
+    except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']:.0f} images")
     if scores["unreadable"]:

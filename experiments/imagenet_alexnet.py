@@ -8,7 +8,7 @@ No public file of this network exists, so pre-train it first (the authors' own .
         --config.pretrained=runs/alexnet --workdir=runs/alexnet_binary
 
 ImageNet is read by TFDS as ArrayRecord (`--config.data_dir=DIR` or TFDS_DATA_DIR), or, with `--config.data=folder`, from
-DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command goes on where a stopped run was. The accuracies below are the
+DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command resumes a stopped run. The accuracies below are the
 paper's, top-1 / top-5; this repository has not reproduced them: that takes ImageNet and days of an accelerator.
 """
 

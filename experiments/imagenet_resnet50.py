@@ -6,7 +6,7 @@ ResNet-50 v1.5, as torchvision's; the paper starts from torchvision's first weig
         --config.pretrained=resnet50.pth --workdir=runs/resnet50_binary
 
 ImageNet is read by TFDS as ArrayRecord (`--config.data_dir=DIR` or TFDS_DATA_DIR), or, with `--config.data=folder`, from
-DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command goes on where a stopped run was. The accuracies below are the
+DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command resumes a stopped run. The accuracies below are the
 paper's, top-1 / top-5; this repository has not reproduced them: that takes ImageNet and days of an accelerator.
 """
 

@@ -125,6 +125,23 @@ def test_metrics_are_json_whatever_happens(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null, "window": null, "lagrangian": null}\n'
 
 
+def test_a_run_leaves_no_empty_metrics(tmp_path):
+    """Neither at its start, nor where an earlier run was stopped before its first epoch ended."""
+    workdir = report.Workdir(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    workdir.append_metrics({"epoch": 1, "step": 5})
+    report.Workdir(tmp_path, step=6)
+    assert report.Workdir.rows(tmp_path) == [{"epoch": 1, "step": 5}]
+    report.Workdir(tmp_path, step=3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_sizes():
+    assert [report.size_text(count) for count in (0, 1249, 999_949, 1_000_000, 46_800_000)] == [
+        "0.0 kB", "1.2 kB", "999.9 kB", "1.0 MB", "46.8 MB",
+    ]  # fmt: skip
+
+
 def test_packed_bytes():
     params = {"a": jnp.ones((3, 7)), "b": jnp.ones((5, 5)), "c": jnp.ones(4)}
     constraint = {"a": "binary", "b": "two_bit_shift"}

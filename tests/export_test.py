@@ -56,7 +56,32 @@ def test_small_run_as_a_packed_file(small, tmp_path):
     assert packed.tensors["conv2/kernel"].constraint == cbp_jax.ternary()
     assert {"bn1/scale", "batch_stats/bn1/mean"} <= set(packed.tensors)
     assert top1(printed) == pytest.approx(json.loads((small / "summary.json").read_text())["top1"], abs=1e-4)
-    assert f"{file.stat().st_size:,} bytes" in printed
+    assert f"{file.stat().st_size / 1000:.1f} kB, " in printed
+
+
+def evaluate(workdir, *flags):
+    command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), f"--workdir={workdir}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_small_run_is_evaluated(small):
+    summary = json.loads((small / "summary.json").read_text())
+    done = evaluate(small)
+    assert done.returncode == 0, done.stderr
+    assert f"top-1 {summary['top1']:.2%}, top-5 {summary['top5']:.2%} of 899 images" in done.stdout
+    assert f"CFS {summary['cfs']:.2e}, CFS / scale {summary['cfs_relative']:.2e}, window 6" in done.stdout
+    latent = evaluate(small, "--weights=latent")
+    assert latent.returncode == 0, latent.stderr
+    assert latent.stdout.splitlines()[0] != done.stdout.splitlines()[0]
+
+
+def test_the_folder_of_all_constraints_names_those_below(small, tmp_path):
+    shutil.copytree(small, tmp_path / "all" / "ternary")
+    shutil.copy(small / "config.json", tmp_path / "all")
+    done = evaluate(tmp_path / "all")
+    assert done.returncode == 1
+    assert "name the folder of one, " in done.stderr
+    assert str(tmp_path / "all" / "ternary") in done.stderr
 
 
 def test_small_run_as_onnx(small):

@@ -1,7 +1,12 @@
-"""A small long run as a user starts it: its config, its command, its process."""
+"""A small long run as a user starts it: its config, its command, its process, and its terminal."""
 
+import fcntl
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import imagenet_resnet18
@@ -15,6 +20,7 @@ def make_config(photos, **changes):
     config.update(
         {
             "network": "resnet20",
+            "pretrained": "random",
             "data": "folder",
             "data_dir": str(photos),
             "num_classes": 4,
@@ -49,3 +55,23 @@ def finish(process):
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     return printed, errors
+
+
+def in_terminal(command, environment=None, columns=80):
+    """Runs a command with a terminal as its standard error; gives its standard output and the lines that the terminal shows."""
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    written = b""
+    try:
+        while read := os.read(reader, 4096):
+            written += read
+    except OSError:  # how Linux says that nobody writes any more
+        pass
+    os.close(reader)
+    printed, _ = process.communicate(timeout=300)
+    text = written.decode()
+    assert process.returncode == 0, text[-3000:]
+    # What was written last stays: every state of a progress bar begins with a carriage return, and covers the one before.
+    return printed, [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]

@@ -15,7 +15,7 @@ from flax import nnx
 pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
 
 import evaluate
-from common import checkpoints, loop, models, networks, pretrained, report, runner, train
+from common import checkpoints, finished, loop, models, networks, pretrained, report, runner, train
 from common.loaders import open_data
 from run_support import EPOCHS, ROOT, STEPS_PER_EPOCH, finish, make_config, start
 
@@ -222,12 +222,23 @@ def test_what_a_config_cannot_say(photos, tmp_path):
         runner.run("x", make_config(photos, pretrained="no_such.pth"), tmp_path / "run")
 
 
+def test_random_weights_are_not_post_trained_unasked(photos, tmp_path):
+    """It is refused before the data are opened: here there are none."""
+    config = make_config(tmp_path / "nothing", pretrained="")
+    message = r"no weights to post-train.*--config.pretrained=FILE.*resnet20.*phase=pretrain.*--config.pretrained=random"
+    with pytest.raises(FileNotFoundError, match=message):
+        runner.run("x", config, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nothing"):  # with "random" it gets as far as the data
+        runner.run("x", make_config(tmp_path / "nothing"), tmp_path / "run")
+    runner.run(
+        "x", make_config(photos, pretrained="", phase="pretrain", pretrain_epochs=1, preflight=False, batch_size=8), tmp_path / "p"
+    )
+
+
 def test_evaluation_of_a_run_gives_its_summary(photos, uninterrupted, environment):
     workdir = uninterrupted[0]
     summary = json.loads((workdir / "summary.json").read_text())
-    config = make_config(photos)
-    loader = open_data(config)
-    scores = evaluate.evaluate_run(config, workdir, loader)
+    scores = evaluate.evaluate_run(finished.open_run(workdir, {}))
     assert scores["cfs"] == pytest.approx(summary["cfs"], rel=1e-5)
     assert (scores["step"], scores["images"], scores["unreadable"]) == (15, 15, 1)
     assert scores["top1"] == pytest.approx(summary["top1"])
@@ -251,8 +262,9 @@ def test_latent_and_quantized_weights_are_evaluated_apart(photos, uninterrupted)
     model.eval()
     batch = next(loader.evaluate(None))
     batch["label"] = np.argmax(np.asarray(model(loader.eval_preprocess(batch, jax.random.key(0)))), axis=1).astype(np.int32)
-    chosen = loader._replace(evaluate=lambda limit: iter([batch]))
-    assert evaluate.evaluate_run(config, uninterrupted[0], chosen, latent=True)["top1"] == 1
+    evaluation = runner.Evaluation(setup, loader._replace(evaluate=lambda limit: iter([batch])))
+    run = finished.open_run(uninterrupted[0], {})._replace(accuracy=evaluation)
+    assert evaluate.evaluate_run(run, latent=True)["top1"] == 1
 
 
 def test_weights_come_from_a_run_or_a_file(photos, uninterrupted, tmp_path):

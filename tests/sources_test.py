@@ -143,5 +143,15 @@ def _sample(split):
 
 
 def test_small_data_sets_give_the_same_advice(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cifar10.*download_and_prepare"):
+    with pytest.raises(FileNotFoundError, match=r"cifar10.*download_and_prepare") as error:
         data.open_tfds("cifar10", "train", str(tmp_path))
+    assert "manual" not in str(error.value)
+
+
+def test_missing_imagenet_names_the_manual_download_and_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        data.open_tfds("imagenet2012", "train", str(tmp_path))
+    message = str(error.value)
+    assert f"ILSVRC2012_img_val.tar into {tmp_path / 'downloads' / 'manual'}" in message
+    assert "--config.data=folder" in message
+    assert "download_and_prepare" in message

@@ -115,9 +115,13 @@ class Checkpoints:
         """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until everything is written, and ends."""
+        self.wait()
         self._manager.close()
 
 

@@ -1,5 +1,6 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -64,11 +65,22 @@ def open_tfds(name: str, split: str, data_dir: str | None, **options: Any) -> An
         return tfds.data_source(name, split=split, data_dir=data_dir, download=False, **options)
     except (KeyError, NotImplementedError, FileNotFoundError, AssertionError, tfds.core.DatasetNotFoundError) as error:
         where = data_dir or tfds.core.constants.DATA_DIR
+        download = otherwise = ""
+        if name == "imagenet2012":
+            manual = os.path.join(where, "downloads", "manual")  # where TFDS looks
+            download = (
+                "TFDS cannot download it: register at https://image-net.org, and put ILSVRC2012_img_train.tar and "
+                f"ILSVRC2012_img_val.tar into {manual}. "
+            )
+            otherwise = (
+                "\nOr unpack the photos to DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG, and give --config.data=folder "
+                "--config.data_dir=DIR."
+            )
         raise FileNotFoundError(
-            f"no {name!r} as ArrayRecord in {where}. Prepare it once, with network (only this needs TensorFlow):\n"
+            f"no {name!r} as ArrayRecord in {where}. {download}Prepare it once, with network (only this needs TensorFlow):\n"
             f'  pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder('{name}', data_dir='{where}', file_format='array_record').download_and_prepare()\"\n"
-            "and give its folder by --config.data_dir=DIR or the environment variable TFDS_DATA_DIR."
+            f"and give its folder by --config.data_dir=DIR or the environment variable TFDS_DATA_DIR.{otherwise}"
         ) from error
 
 

@@ -1,14 +1,87 @@
-"""Reading a run again: its config, and the state of its newest checkpoint."""
+"""Reading a run again: its config, its state, and the data to evaluate it on."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import digits
+import fashion_mnist
 import ml_collections
+from flax import nnx
 
-from common import loop, networks, runner, settings, train
+from common import loop, networks, post_training, runner, settings, train
 from common.checkpoints import Checkpoints
-from common.loaders import Loader
+from common.loaders import Loader, open_data
+from common.report import Summary
+
+PyTree = Any
+_SMALL: dict[str, Any] = {"digits": digits, "fashion_mnist": fashion_mnist}
+
+
+class Run(NamedTuple):
+    """A run that was read again, and the data to evaluate it on."""
+
+    graphdef: nnx.GraphDef
+    state: train.TrainState  # with latent weights
+    constrained: bool  # whether `state.opt_state` is CBP's
+    accuracy: Callable[[PyTree, PyTree], dict[str, float]]  # of weights and batch statistics
+    batches: Callable[[], Iterator[Any]]
+    preprocess: train.Preprocess
+
+
+def open_run(workdir: Path, changes: Mapping[str, Any], limit: int | None = None) -> Run:
+    """Reads a run: of the small experiments one that ended, of the long ones the newest state that can be read.
+
+    Args:
+      workdir: of the run; of a small experiment under all constraints, the folder of one of them.
+      changes: fields of its config that may differ; those that are empty or 0 stay. Of a small run, `data_dir` alone counts.
+      limit: evaluate a long run on so many images.
+
+    Raises:
+      FileNotFoundError: if there is no such run, or its data are not there.
+      ValueError: if its checkpoint is damaged.
+    """
+    saved = networks.saved_config(workdir)
+    return _long_run(workdir, changes, limit) if "network" in saved or not saved else _small_run(workdir, changes, saved)
+
+
+def _small_run(workdir: Path, changes: Mapping[str, Any], saved: Mapping[str, Any]) -> Run:
+    below = sorted(str(path.parent) for path in workdir.glob("*/summary.json"))
+    if below and not (workdir / "summary.json").exists():
+        folders = " or ".join(below)
+        raise FileNotFoundError(f"{workdir} holds one run for each of several constraints: name the folder of one, {folders}")
+    summary = Summary.read(workdir)
+    experiment = _SMALL[summary.experiment]
+    config: ml_collections.ConfigDict = experiment.get_config()
+    config.update(saved)
+    if changes.get("data_dir"):
+        config.data_dir = changes["data_dir"]
+    dataset, model = experiment.make_dataset(config), experiment.make_model(config)
+    job, params, batch_stats = post_training.make_job(summary.experiment, config, dataset, model)
+    return Run(
+        job.graphdef,
+        post_training.restore(job, workdir, summary.constraint, params, batch_stats),
+        True,
+        functools.partial(post_training.accuracy_of, job),
+        lambda: post_training.test_batches(job),
+        train.as_given,
+    )
+
+
+def _long_run(workdir: Path, changes: Mapping[str, Any], limit: int | None) -> Run:
+    config = read_config(workdir, changes)
+    loader = open_data(config)
+    setup, state = restore(config, workdir, loader)
+    evaluation = runner.Evaluation(setup, loader)
+    return Run(
+        setup.network.graphdef,
+        state,
+        config.phase == "post_train",
+        lambda weights, batch_stats: evaluation(weights, batch_stats, limit),
+        lambda: loader.evaluate(limit),
+        loader.eval_preprocess,
+    )
 
 
 def read_config(workdir: Path, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -4,14 +4,13 @@ import collections
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from common import monitor, train
+from common import monitor, progress, train
 from common.checkpoints import Checkpoints
 from common.train import Batch, TrainState, TrainStep
 
@@ -30,33 +29,54 @@ class Plan(NamedTuple):
     # From the state after an epoch's last step, what `metrics.jsonl` says of it beyond the loop's own figures.
     measure: Callable[[TrainState], dict[str, Any]]
     on_epoch: Callable[[dict[str, Any]], None]
+    figures: Callable[[dict[str, Any]], str]  # what the progress bar says of an epoch
     notes: Callable[[], dict[str, Any]]  # what is saved along with the state, as JSON
 
 
+class Ending(NamedTuple):
+    """How `run` ended; the state is saved in any case."""
+
+    state: TrainState
+    finished: bool  # whether the last step was reached; if not, the run was asked to stop
+    interrupted: bool  # asked to stop by Ctrl-C
+
+
 class StopRequest:
-    """Whether the run was asked to stop, by SIGTERM; of several hosts, all agree on the step after which they do."""
+    """Whether the run was asked to stop, by SIGTERM or by Ctrl-C; a second Ctrl-C ends the process at once.
+
+    Several hosts agree on the step after which they stop. There JAX itself listens for SIGTERM, and Ctrl-C does what it does to any
+    Python: it ends this process without saving.
+    """
 
     def __init__(self) -> None:
-        self._asked = False
-        # With several hosts JAX listens for the signal itself.
-        self._before = signal.signal(signal.SIGTERM, self._ask) if jax.process_count() == 1 else None
+        self._by: int | None = None
+        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._ask) for number in signals}
 
     def close(self) -> None:
-        """SIGTERM does again what it did before."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        """The signals do again what they did before."""
+        for number, handler in self._before.items():
+            if handler is not None:  # None: not set from Python
+                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        del number, frame
-        self._asked = True
+        del frame
+        self._by = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # not KeyboardInterrupt, which would wait for a call that hangs
 
     def after(self, step: int) -> bool:
         """Whether to stop after this step; to be asked after each."""
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        return self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     @property
     def asked(self) -> bool:
-        return self._asked
+        return self._by is not None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was by Ctrl-C."""
+        return self._by == signal.SIGINT
 
 
 def run(
@@ -65,7 +85,7 @@ def run(
     step_fn: TrainStep,
     batches: Iterator[Batch],
     checkpoints: Checkpoints,
-) -> tuple[TrainState, bool]:
+) -> Ending:
     """Trains from the state's step to the last one.
 
     Args:
@@ -74,9 +94,6 @@ def run(
       step_fn: of `train.make_train_step`.
       batches: from the state's step on.
       checkpoints: where the state is saved.
-
-    Returns:
-      The state, and whether the last step was reached; if not, the run was asked to stop, and the state is saved.
 
     Raises:
       FloatingPointError: if the loss was not finite since the last checkpoint; the checkpoints stay as they are.
@@ -104,7 +121,8 @@ def run(
         finished = step >= plan.total_steps
         if not finished:
             _save(plan, checkpoints, step, state)
-        return state, finished
+            checkpoints.wait()
+        return Ending(state, finished, stop.interrupted and not finished)
     finally:
         meter.close()
         stop.close()
@@ -151,17 +169,14 @@ def restore(checkpoints: Checkpoints, like: TrainState, put_aside: bool = False)
 
 
 class _Meter:
-    """The progress bar, and how fast the epoch goes without its evaluation."""
+    """Moves the progress bar, and knows how fast the epoch goes without its evaluation."""
 
     def __init__(self, plan: Plan, start: int):
         self._losses: collections.deque[jax.Array] = collections.deque()
-        self._batch_size = plan.batch_size
+        self._batch_size, self._figures = plan.batch_size, plan.figures
         self._restart()
         total, done = plan.total_steps * plan.batch_size, start * plan.batch_size
-        first = jax.process_index() == 0
-        self._bar = tqdm(
-            total=total, initial=done, desc=plan.description, unit="img", unit_scale=True, mininterval=1, disable=not first
-        )
+        self._bar = progress.images(total, done, plan.description, shown=jax.process_index() == 0)
 
     def _restart(self) -> None:
         self._started, self._steps = time.perf_counter(), 0
@@ -177,12 +192,9 @@ class _Meter:
         """Since the epoch, or the run, began; called when the device has finished the epoch. NaN if there was no step."""
         return self._steps * self._batch_size / (time.perf_counter() - self._started) if self._steps else math.nan
 
-    def end_epoch(self, row: Mapping[str, Any]) -> None:
-        shown = [f"epoch {row['epoch']}", f"loss {row['loss']:.3f}", f"top-1 {row['top1']:.2%}"]
-        if "cfs_relative" in row:
-            shown += [f"CFS/scale {row['cfs_relative']:.1e}", f"g {row['window']:.3g}"]
+    def end_epoch(self, row: dict[str, Any]) -> None:
         self._drain()
-        self._bar.set_postfix_str(", ".join(shown))
+        self._bar.set_postfix_str(self._figures(row))
         self._restart()
 
     def _drain(self) -> None:

@@ -14,6 +14,7 @@ from common import models, pretrained, train
 from common.checkpoints import Checkpoints
 
 PyTree = Any
+RANDOM = "random"  # as `config.pretrained`
 # Arguments of networks that a config may have as fields.
 _OPTIONS = ("auxiliary_heads", "transform_input")
 
@@ -27,9 +28,24 @@ class Network(NamedTuple):
     constrained: str  # pattern of the paths of the constrained parameters
 
 
-def is_torch_file(path: str) -> bool:
+def is_random(pretrained: str) -> bool:
+    """Whether `config.pretrained` names no weights: a run that resumes has others, and pre-training needs none."""
+    return pretrained in ("", RANDOM)
+
+
+def is_torch_file(pretrained: str) -> bool:
     """Whether weights come from PyTorch rather than from the workdir of a run."""
-    return bool(path) and not Path(path).is_dir()
+    return not is_random(pretrained) and not Path(pretrained).is_dir()
+
+
+def check_pretrained(config: ml_collections.ConfigDict) -> None:
+    """Raises FileNotFoundError if random weights would be post-trained though nobody asked for them."""
+    if config.phase == "post_train" and not config.pretrained:
+        raise FileNotFoundError(
+            "no weights to post-train: --config.pretrained is empty. Give --config.pretrained=FILE, a .pth or .safetensors file of "
+            f"{config.network} from PyTorch, or the workdir of a run with --config.phase=pretrain. To post-train random weights "
+            f"nevertheless, give --config.pretrained={RANDOM}"
+        )
 
 
 def settle_options(config: ml_collections.ConfigDict) -> None:
@@ -39,7 +55,7 @@ def settle_options(config: ml_collections.ConfigDict) -> None:
     if is_torch_file(config.pretrained):
         config.transform_input = pretrained.TORCHVISION_OPTIONS[config.network]["transform_input"]
     else:
-        saved = saved_config(Path(config.pretrained)) if config.pretrained else {}
+        saved = {} if is_random(config.pretrained) else saved_config(Path(config.pretrained))
         config.transform_input = bool(saved.get("transform_input"))
 
 
@@ -50,7 +66,7 @@ def saved_config(workdir: Path) -> dict[str, Any]:
 
 
 def make_network(config: ml_collections.ConfigDict) -> Network:
-    """The network, with the weights of `config.pretrained`: a PyTorch file or the workdir of a run; random ones if it is empty.
+    """The network, with the weights of `config.pretrained`: a PyTorch file, the workdir of a run, or random if "random" or empty.
 
     Raises:
       FileNotFoundError: if there is no such file or checkpoint.
@@ -63,11 +79,11 @@ def make_network(config: ml_collections.ConfigDict) -> Network:
         return models.create(config.network, config.num_classes, dtype=dtype, rngs=nnx.Rngs(config.seed), **options)
 
     # Random weights that will be replaced need not be drawn.
-    model = nnx.eval_shape(create) if config.pretrained else create()
+    model = create() if is_random(config.pretrained) else nnx.eval_shape(create)
     graphdef, params, batch_stats = train.split_model(model)
     if is_torch_file(config.pretrained):
         params, batch_stats = pretrained.load_torch(config.pretrained, model)
-    elif config.pretrained:
+    elif not is_random(config.pretrained):
         params, batch_stats = jax.tree.map(jnp.asarray, weights_of_run(Path(config.pretrained), params, batch_stats))
     return Network(graphdef, params, batch_stats, model.constrained)
 

@@ -12,16 +12,15 @@ import ml_collections
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 import cbp_jax
-from common import checkpoints, deploy, figures, models, monitor, optimizers, report, train
+from common import checkpoints, deploy, figures, models, monitor, optimizers, progress, report, train
 from common.data import Dataset, padded_batches, shuffled_batches
 
 PyTree = Any
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
-# The window at which the weights are shown midway: three quarters of the way between neighbouring levels is constrained.
-_MIDWAY = 4
+# The weights are shown midway when CFS / scale has come down to this share of what it was after the first epoch.
+_MIDWAY = 0.5
 
 
 class Job(NamedTuple):
@@ -47,7 +46,7 @@ class Outcome(NamedTuple):
     """Where a post-training ended, and how it got there."""
 
     state: train.TrainState
-    rows: list[dict[str, float]]  # an epoch each, as in metrics.jsonl
+    rows: list[dict[str, float]]  # one per epoch, as in metrics.jsonl
     snapshots: dict[str, dict[str, np.ndarray]]  # moment -> layer -> weights in units of the scale
 
 
@@ -68,7 +67,7 @@ def run(
       model: a network with fresh weights.
 
     Returns:
-      A summary a constraint.
+      One summary per constraint.
     """
     names = CONSTRAINTS if config.constraint == "all" else (cbp_jax.get_constraint(config.constraint).name,)
     root = report.Workdir(workdir)
@@ -109,7 +108,7 @@ def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.Train
     state = train.init_state(params, batch_stats, optimizer)
     step = train.make_train_step(job.graphdef, optax.with_extra_args_support(optimizer), train.latent)
     evaluate = train.make_evaluate(job.graphdef)
-    with tqdm(total=config.pretrain_epochs, desc="full precision".ljust(18), unit="epoch") as bar:
+    with progress.epochs(config.pretrain_epochs, "full precision") as bar:
         for log in _epochs(job, state, step, config.pretrain_epochs, config.seed):
             state = log.state
             bar.set_postfix_str(f"loss {log.loss:.4f}", refresh=False)
@@ -128,7 +127,7 @@ def compare(
     # The baseline has what suits it: no multipliers, and a learning rate that falls to zero along a cosine.
     cosine = optax.cosine_decay_schedule(config.learning_rate, config.epochs * config.steps_per_epoch)
     ste_optimizer = _optimizer(job, constraint, cosine, multiplier_optimizer=optax.set_to_zero(), lr_decay=1.0)
-    ste = post_train(job, pretrained, ste_optimizer, f"{constraint} STE", lambda row: cosine(row["step"]))
+    ste = post_train(job, pretrained, ste_optimizer, f"{constraint} STE", lambda row: cosine(row["step"]), with_window=False)
     cbp = post_train(
         job,
         pretrained,
@@ -183,8 +182,19 @@ def post_train(
     description: str,
     learning_rate: Callable[[Mapping[str, float]], Any],
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+    with_window: bool = True,
 ) -> Outcome:
-    """Trains with the forward pass on quantized weights; accuracy is that of the quantized weights after every epoch."""
+    """Trains with the forward pass on quantized weights; accuracy is that of the quantized weights after every epoch.
+
+    Args:
+      job: of `make_job`.
+      pretrained: what it starts from.
+      optimizer: of `cbp_optimizer`, for instance.
+      description: before the progress bar.
+      learning_rate: that of an epoch, from the rest of its row.
+      on_epoch: called with each row.
+      with_window: whether the window constrains weights, and is shown beside the progress bar.
+    """
     config = job.config
     state = train.init_state(pretrained.params, pretrained.batch_stats, optimizer)
     step = train.make_train_step(job.graphdef, optimizer, cbp_jax.quantize)
@@ -192,7 +202,7 @@ def post_train(
     quantize = jax.jit(cbp_jax.quantize)
     rows: list[dict[str, float]] = []
     snapshots = {"before": monitor.relative_weights(state)}
-    with tqdm(total=config.epochs, desc=description.ljust(18), unit="epoch", mininterval=0.5) as bar:
+    with progress.epochs(config.epochs, description) as bar:
         for log in _epochs(job, state, step, config.epochs, config.seed + 1):
             state = log.state
             row = {"epoch": log.epoch, "step": log.epoch * config.steps_per_epoch, "loss": log.loss}
@@ -203,12 +213,9 @@ def post_train(
             row |= {"learning_rate": float(learning_rate(row)), "images_per_second": log.images_per_second}
             rows.append(row)
             on_epoch(row)
-            if len(snapshots) == 1 and row["window"] >= _MIDWAY:
+            if len(snapshots) == 1 and row["cfs_relative"] <= _MIDWAY * rows[0]["cfs_relative"]:
                 snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.3g}"] = monitor.relative_weights(state)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, top-1 {row['top1']:.2%}, CFS/scale {row['cfs_relative']:.1e}, g {row['window']:.3g}",
-                refresh=False,
-            )
+            bar.set_postfix_str(progress.figures(row, with_window), refresh=False)
             bar.update()
     snapshots["after"] = monitor.relative_weights(state)
     return Outcome(state, rows, snapshots)

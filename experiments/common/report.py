@@ -53,7 +53,7 @@ class Workdir:
 
     Args:
       path: it is made if it is not there.
-      step: the step that a run goes on from. Metrics of that step or later ones are removed, because they will come again; with 0
+      step: the step that a run resumes from. Metrics of that step or later ones are removed, because they will come again; with 0
         all that an earlier run left, but its checkpoints.
     """
 
@@ -65,7 +65,10 @@ class Workdir:
         rows = [row for row in self.rows(self.path) if row["step"] < step] if step else []
         for name in ("metrics_ste.jsonl", "summary.json", "table.md", deploy.PACKED_FILE, deploy.ONNX_FILE):
             (self.path / name).unlink(missing_ok=True)
-        self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if rows:
+            self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
 
     def write_config(self, config: ml_collections.ConfigDict) -> None:
         self._replace("config.json", config.to_json_best_effort(indent=2) + "\n")
@@ -115,6 +118,11 @@ def packed_bytes(params: PyTree, opt_state: PyTree) -> tuple[int, int]:
     return packed, float32
 
 
+def size_text(count: int) -> str:
+    """Bytes as kB, from a million on as MB."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -123,7 +131,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(summaries: Sequence[Summary]) -> str:
-    """One line a constraint: accuracies before and after, whether the constraint is met, and what it saves."""
+    """One line per constraint: accuracies before and after, whether the constraint is met, and what it saves."""
     columns: dict[str, list[str]] = {
         "constraint": [s.constraint for s in summaries],
         "full precision": [f"{s.full_precision_top1:.2%}" for s in summaries],
@@ -132,8 +140,8 @@ def results_table(summaries: Sequence[Summary]) -> str:
         "CFS": [f"{s.cfs:.1e}" for s in summaries],
         "CFS / scale": [f"{s.cfs_relative:.1e}" for s in summaries],
         "bits per weight": [str(s.bits_per_weight) for s in summaries],
-        "size": [f"{s.bytes_packed / 1000:.1f} kB of {s.bytes_float32 / 1000:.1f} kB" for s in summaries],
-        "packed file": ["" if s.bytes_file is None else f"{s.bytes_file / 1000:.1f} kB" for s in summaries],
+        "size": [f"{size_text(s.bytes_packed)} of {size_text(s.bytes_float32)}" for s in summaries],
+        "packed file": ["" if s.bytes_file is None else size_text(s.bytes_file) for s in summaries],
         "CBP from the file": ["" if s.file_top1 is None else f"{s.file_top1:.2%}" for s in summaries],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}  # not every run has all of them

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 import cbp_jax
-from common import figures, loop, mesh, monitor, networks, optimizers, pipeline, preflight, report, train
+from common import figures, loop, mesh, monitor, networks, optimizers, pipeline, preflight, progress, report, settings, train
 from common.checkpoints import AnotherTreeError, Checkpoints
 from common.data import UNREADABLE
 from common.loaders import Loader, open_data
@@ -57,6 +57,11 @@ def main(experiment: str, config: ml_collections.ConfigDict, workdir: str) -> No
         run(experiment, config, workdir)
     except (FileNotFoundError, MemoryError, ImportError, AnotherTreeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:  # saved, and `run` said so
+            sys.exit(settings.INTERRUPTED)
+        # Before the first step, after the last one, or on one of several hosts.
+        raise KeyboardInterrupt("the same command resumes from the newest checkpoint, or starts again if there is none") from None
 
 
 def make_setup(config: ml_collections.ConfigDict, train_images: int) -> Setup:
@@ -88,7 +93,7 @@ def initial_state(setup: Setup, seed: int) -> tuple[train.TrainState, train.Trai
 
 
 def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> report.Summary | None:
-    """Runs the config's phase to its end, going on from the newest checkpoint in the workdir if there is one.
+    """Runs the config's phase to its end, from the newest checkpoint in the workdir if there is one.
 
     Args:
       experiment: its name, for the summary.
@@ -96,12 +101,13 @@ def run(experiment: str, config: ml_collections.ConfigDict, workdir: str | os.Pa
       workdir: the run's folder; on several hosts one that all of them see.
 
     Returns:
-      The summary; None if the run was asked to stop before its end. Then the same call goes on.
+      The summary; None if SIGTERM stopped the run before its end. Then the same call resumes.
 
     Raises:
       ValueError: if a field of the config makes no sense, or does not fit the checkpoint in the workdir.
-      FileNotFoundError: if the data or the pre-trained file are not there.
+      FileNotFoundError: if the data or the pre-trained file are not there, or no such file is named for post-training.
       MemoryError: if a step does not fit the device.
+      KeyboardInterrupt: after Ctrl-C. Where it has a message, which says so, the state was saved before.
     """
     with contextlib.ExitStack() as stack:
         return _run(experiment, ml_collections.ConfigDict(config), Path(workdir), stack)  # the caller's config stays as it is
@@ -111,13 +117,14 @@ def _run(experiment: str, config: ml_collections.ConfigDict, workdir: Path, stac
     started = time.perf_counter()
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     stack.callback(checkpoints.close)
-    going_on = checkpoints.newest() is not None
-    if going_on:
+    resumes = checkpoints.newest() is not None
+    if resumes:
         _compare(config, networks.saved_config(workdir))
     else:
+        networks.check_pretrained(config)
         networks.settle_options(config)
     record = ml_collections.ConfigDict(config)
-    if going_on:
+    if resumes:
         config.pretrained = ""  # the weights are in the checkpoint, and the file may be gone
     loader = open_data(config)
     setup = make_setup(config, loader.train_images)
@@ -142,7 +149,7 @@ def _run(experiment: str, config: ml_collections.ConfigDict, workdir: Path, stac
     stack.callback(batches.close)
     if config.preflight:
         stream, step_fn = _preflight(config, state, step_fn, batches, evaluation)
-    if not going_on and config.phase == "post_train":
+    if not resumes and config.phase == "post_train":
         notes["full_precision_top1"] = evaluation(state.params, state.batch_stats)["top1"]
         _say(f"top-1 of the weights it starts from: {notes['full_precision_top1']:.2%}")
         before = monitor.relative_weights(state)
@@ -165,18 +172,22 @@ def _run(experiment: str, config: ml_collections.ConfigDict, workdir: Path, stac
             _write_scalars(writer, row)
 
     plan = loop.Plan(
-        description=f"{config.network} {config.constraint if config.phase == 'post_train' else 'full precision'}",
+        description=config.constraint if config.phase == "post_train" else "full precision",
         steps_per_epoch=setup.steps_per_epoch,
         total_steps=total_steps,
         batch_size=config.batch_size,
         checkpoint_steps=config.checkpoint_steps,
         measure=lambda state: _measure(config, setup, state, schedule, evaluation),
         on_epoch=on_epoch,
+        figures=functools.partial(progress.figures, with_window=config.method == "cbp"),
         notes=lambda: {**notes, "seconds": seconds()},
     )
-    state, finished = loop.run(plan, state, step_fn, stream, checkpoints)
+    state, finished, interrupted = loop.run(plan, state, step_fn, stream, checkpoints)
     if not finished:
-        _say(f"stopped at step {int(state.step)} of {total_steps}, saved; the same command goes on from there")
+        stopped = f"stopped at step {int(state.step)} of {total_steps}, saved; the same command resumes from there"
+        _say(stopped)
+        if interrupted:
+            raise KeyboardInterrupt(stopped)
         return None
     summary = _summary(experiment, config, state, last, notes.get("full_precision_top1"), seconds())
     after = monitor.relative_weights(state) if config.phase == "post_train" else {}
@@ -221,7 +232,7 @@ def _preflight(
     _say(f"memory: {line} (compiled in {time.perf_counter() - started:.0f} s)")
     accuracy = evaluation(state.params, state.batch_stats, _PREFLIGHT_IMAGES)
     _say(f"validation: {accuracy['images']:.0f} images read, {accuracy['unreadable']:.0f} unreadable")
-    if config.pretrained:
+    if not networks.is_random(config.pretrained):
         shown = f"top-1 {accuracy['top1']:.2%} on {accuracy['images']:.0f} validation images"
         _say(f"weights: {config.pretrained} is complete; {shown}")
     return itertools.chain([first], batches), compiled
@@ -310,7 +321,7 @@ def _compare(config: ml_collections.ConfigDict, saved: dict[str, Any]) -> None:
     now = json.loads(config.to_json_best_effort())
     changed = [f"{name}: {saved[name]} -> {value}" for name, value in now.items() if name in saved and saved[name] != value]
     if changed:
-        _say(f"going on with another config than the run began with: {', '.join(changed)}")
+        _say(f"resuming with another config than the run began with: {', '.join(changed)}")
 
 
 def _check_notes(saved: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 """Configs as `ml_collections`, every field of which is a flag: `--config.FIELD=VALUE`."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 
 
 def small_experiment() -> ml_collections.ConfigDict:
@@ -43,7 +46,7 @@ def long_experiment(network: str, constraint: str) -> ml_collections.ConfigDict:
     config.constraint = constraint  # binary, ternary, one_bit_shift, two_bit_shift
     config.phase = "post_train"  # or pretrain: full precision, from random weights
     config.method = "cbp"  # or, as in the paper's ablation, no_window (g = infinity from the start) and ste (no multipliers)
-    config.pretrained = ""  # a .pth or .safetensors file, or the workdir of a run; empty: random weights
+    config.pretrained = ""  # a .pth or .safetensors file, or the workdir of a run; "random": post-train random weights
     config.seed = 0
 
     config.data = "tfds"  # or folder: DIR/train/<class>/*.JPEG and DIR/val/...; cifar10; synthetic: noise, to measure the machine
@@ -93,7 +96,10 @@ def choose(configs: Mapping[str, Callable[[], ml_collections.ConfigDict]], argv:
 
 
 def run_main(config: ml_collections.ConfigDict, workdir: str, main: Callable[[ml_collections.ConfigDict, str], object]) -> None:
-    """Parses `--config.FIELD=VALUE` and `--workdir=DIR`, then calls `main(config, workdir)`."""
+    """Parses `--config.FIELD=VALUE` and `--workdir=DIR`, then calls `main(config, workdir)`.
+
+    After Ctrl-C the process ends with status 130 and a line that says what is left: the message of the `KeyboardInterrupt`, if any.
+    """
     config_flag = config_flags.DEFINE_config_dict("config", config, "Settings; any field can be overridden.")
     workdir_flag = flags.DEFINE_string("workdir", workdir, "Folder that receives what the run writes; by default below runs/.")
 
@@ -101,6 +107,11 @@ def run_main(config: ml_collections.ConfigDict, workdir: str, main: Callable[[ml
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments {argv[1:]}: write --config.FIELD=VALUE or --workdir=DIR")
         logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log much that is of no interest here
-        main(config_flag.value, workdir_flag.value)
+        try:
+            main(config_flag.value, workdir_flag.value)
+        except KeyboardInterrupt as interrupt:
+            lost = "this run cannot be resumed, and the same command starts it again"
+            print(f"interrupted; {interrupt if interrupt.args else lost}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
     app.run(call)
