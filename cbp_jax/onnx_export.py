@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,8 @@ import optax
 
 from cbp_jax.files import replacing
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
-from cbp_jax.onnx_weights import FLOAT, INTEGERS, graph_weight, put_weights
+from cbp_jax.onnx_fusion import make_fusible, unfused
+from cbp_jax.onnx_weights import FLOAT, INTEGERS, graph_weight, put_weights, remove_unused
 from cbp_jax.state import constrained_leaves, quantize
 
 if TYPE_CHECKING:  # an optional dependency, and slow to load
@@ -37,14 +40,16 @@ def export_onnx(
 ) -> float:
     """Writes the network, with its constrained weights on their levels, as an ONNX file.
 
-    A constrained weight is `integer * scale`: packed integers of 4 or 2 bits named by the path of the parameter, and one float32
-    scale, or one a channel, named so with ":scale" behind. The other parameters are float32. In the file the weights of
-    convolutions have ONNX's order of axes. Inputs are called "input" and outputs "output" ("input_0", "input_1" ... if there are
-    several); the leading axis of the inputs may have any size.
+    A constrained weight is `integer * scale`: packed integers of 4 or 2 bits named by the path of the parameter, and a float32
+    scale, or one per channel, named so with ":scale" behind. A matrix to multiply by has a scale for each column; if several
+    products take it, it is there several times. The other parameters are float32. In the file the weights of convolutions have
+    ONNX's order of axes. Inputs are called "input" and outputs "output" ("input_0", "input_1" ... if there are several); the
+    leading axis of the inputs may have any size.
 
     ONNX Runtime keeps the integers packed in memory to multiply matrices, and everything else it unpacks when it loads the file.
-    Unless told otherwise it also rounds what is multiplied by them to 8 bits, which costs about 5e-3 of accuracy; the session
-    option "session.qdq_matmulnbits_accuracy_level" = "1" keeps it in float32.
+    What follows a product is written so that it does (`onnx_fusion.py`); where it still would not, a warning names the layer.
+    By default it also rounds what is multiplied by them to 8 bits, which costs about 5e-3 of accuracy; the session option
+    "session.qdq_matmulnbits_accuracy_level" = "1" keeps it in float32.
 
     The file is written only after ONNX Runtime, in float32, has computed the same outputs from it as JAX does.
 
@@ -116,7 +121,16 @@ def export_onnx(
         raise
     converted.ir_version = ir_version
     put_weights(converted, weights)
-    difference = _check(converted, [dict(zip(input_names, batch, strict=True)) for batch in batches], expected)
+    make_fusible(converted.graph)
+    remove_unused(converted.graph)
+    named = [dict(zip(input_names, batch, strict=True)) for batch in batches]
+    difference, slow = _check(converted, named, expected, [weight.name for weight in weights.values()])
+    if slow:
+        warnings.warn(
+            f"ONNX Runtime does not fuse the products by {', '.join(map(repr, slow))}: it unpacks these weights at every call, "
+            "which is slower than float32. Leave them out of the constraint, give weight_type='float', or report the model",
+            stacklevel=2,
+        )
     with replacing(FilePath(path)) as new:
         new.write_bytes(converted.SerializeToString())
     return difference
@@ -180,16 +194,27 @@ def _names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
 
 
-def _check(model: "onnx.ModelProto", batches: Sequence[dict[str, Any]], expected: Sequence[Sequence[jax.Array]]) -> float:
-    """How far ONNX Runtime's outputs are from the expected ones; ValueError if that is too far, or it does not run."""
+def _check(
+    model: "onnx.ModelProto", batches: Sequence[dict[str, Any]], expected: Sequence[Sequence[jax.Array]], weights: Sequence[str]
+) -> tuple[float, list[str]]:
+    """How far ONNX Runtime's outputs are from the expected ones, and the weights whose products it does not fuse.
+
+    Raises:
+      ValueError: if they are too far, or it does not run.
+    """
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.log_severity_level = 3  # it warns that an optimized model is for this machine
     try:
         onnx.checker.check_model(model, full_check=True)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = FilePath(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(optimized)
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            slow = unfused(optimized, weights)
         outputs = [session.run(None, {name: np.asarray(x) for name, x in batch.items()}) for batch in batches]
     except Exception as error:  # each library has errors of its own
         raise ValueError(
@@ -203,7 +228,7 @@ def _check(model: "onnx.ModelProto", batches: Sequence[dict[str, Any]], expected
             "jax2onnx converts some operation wrongly. Known is flax's max_pool, whose padding it drops: pad with jnp.pad and "
             'pool with padding="VALID". Nothing was written.'
         )
-    return difference
+    return difference, slow
 
 
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 Levels that are integers times a common unit give `weight = integer * (unit * scale)`: binary and ternary levels are -1, 0 and 1
 times the scale, one-bit shift -2 .. 2 times half of it, two-bit shift -4 .. 4 times a quarter. ONNX Runtime computes
 
-    DequantizeLinear(integers, scale) -> MatMul or Gemm     with packed integers (MatMulNBits)
+    DequantizeLinear(integers, scales) -> MatMul or Gemm    with packed integers (MatMulNBits)
     Mul(Cast(integers), scale)        -> any other node     in float32, folded once when it loads the file
 """
 
@@ -103,15 +103,19 @@ def put_weights(model: "onnx.ModelProto", weights: Mapping[str, GraphWeight]) ->
     nodes += graph.node
     del graph.node[:]
     graph.node.extend(nodes)
-    for part in _graphs(graph):
+    for part in all_graphs(graph):
         del part.value_info[:]  # jax2onnx 0.17 leaves wrong shapes there
-    used = {name for node in _nodes(graph) for name in node.input} | {value.name for value in graph.output}
+
+
+def remove_unused(graph: "onnx.GraphProto") -> None:
+    """Removes initializers that no node takes; in place."""
+    used = {name for node in all_nodes(graph) for name in node.input} | {value.name for value in graph.output}
     _keep(graph.initializer, lambda tensor: tensor.name in used)
 
 
 def _place(graph: "onnx.GraphProto", value: str, weight: GraphWeight) -> "list[onnx.NodeProto]":
     """Adds initializers that make a value of the graph; returns the nodes still to add, which make it of them."""
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 
     added: list[onnx.NodeProto] = []
     outputs = {output.name for output in graph.output}
@@ -119,28 +123,52 @@ def _place(graph: "onnx.GraphProto", value: str, weight: GraphWeight) -> "list[o
         if move := _move(node, graph):
             graph.node.remove(node)
             added += _place(graph, node.output[0], _moved(weight, move))
-    users = [node for node in _nodes(graph) if value in node.input]
+    users = [node for node in all_nodes(graph) if value in node.input]
     if not users:
         return added
-    name = _free_name(graph, weight.name)
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight.values), name))
+    if _fuses(weight) and all(_is_product(node, value) for node in users) and not _in_parts(graph, users):
+        return [*added, *(_dequantize(graph, node, value, weight) for node in users)]
+    name = _add(graph, weight.name, weight.values)
     if weight.scale is None:
         for node in users:
             node.input[:] = [name if input == value else input for input in node.input]
         return added
-    scale, scale_name = weight.scale, f"{name}:scale"
-    if _fuses(weight) and all(_is_product(node, value) for node in users):
-        for node in users:
-            _simplify_product(node)
-        axis = 1 if scale.ndim else None
-        graph.initializer.append(numpy_helper.from_array(scale.reshape(-1) if scale.ndim else scale, scale_name))
-        return [*added, helper.make_node("DequantizeLinear", [name, scale_name], [value], name=f"{name}:weight", axis=axis)]
-    graph.initializer.append(numpy_helper.from_array(scale, scale_name))
     return [
         *added,
         helper.make_node("Cast", [name], [f"{name}:float"], name=f"{name}:float", to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{name}:float", scale_name], [value], name=f"{name}:weight"),
+        helper.make_node("Mul", [f"{name}:float", _add(graph, f"{name}:scale", weight.scale)], [value], name=f"{name}:weight"),
     ]
+
+
+def _dequantize(graph: "onnx.GraphProto", product: "onnx.NodeProto", value: str, weight: GraphWeight) -> "onnx.NodeProto":
+    """The node that makes the weight of one product.
+
+    ONNX Runtime fuses only what is used once. So each product has integers of its own, and a scale for each column: equal scalars,
+    of layers with the same scale, would become one.
+    """
+    from onnx import helper
+
+    assert weight.scale is not None
+    name = _add(graph, weight.name, weight.values)
+    scale = _add(graph, f"{name}:scale", np.broadcast_to(weight.scale.reshape(-1), weight.values.shape[1:]))
+    own = name.replace(weight.name, value)  # as distinct as the name
+    product.input[:] = [own if input == value else input for input in product.input]
+    _simplify_product(product)
+    return helper.make_node("DequantizeLinear", [name, scale], [own], name=f"{name}:weight", axis=1)
+
+
+def _add(graph: "onnx.GraphProto", name: str, values: np.ndarray) -> str:
+    """Adds an initializer under the name, or one like it if it is taken."""
+    from onnx import numpy_helper
+
+    name = free_name(graph, name)
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values) if values.ndim else values, name))
+    return name
+
+
+def _in_parts(graph: "onnx.GraphProto", users: "list[onnx.NodeProto]") -> bool:
+    """Whether some of the nodes are in a loop or branch, where ONNX Runtime fuses nothing with what is outside."""
+    return any(all(node is not user for node in graph.node) for user in users)
 
 
 def _move(node: "onnx.NodeProto", graph: "onnx.GraphProto") -> Callable[[np.ndarray], np.ndarray] | None:
@@ -214,22 +242,22 @@ def _attributes(node: "onnx.NodeProto") -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _graphs(graph: "onnx.GraphProto") -> "Iterator[onnx.GraphProto]":
+def all_graphs(graph: "onnx.GraphProto") -> "Iterator[onnx.GraphProto]":
     """The graph, and those of the loops and branches in it."""
     yield graph
     for attribute in itertools.chain.from_iterable(node.attribute for node in graph.node):
         for part in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            yield from _graphs(part)
+            yield from all_graphs(part)
 
 
-def _nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
-    return itertools.chain.from_iterable(part.node for part in _graphs(graph))
+def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
+    return itertools.chain.from_iterable(part.node for part in all_graphs(graph))
 
 
-def _free_name(graph: "onnx.GraphProto", name: str) -> str:
+def free_name(graph: "onnx.GraphProto", name: str) -> str:
     """The name, or one like it if it is taken already."""
     taken = {value.name for value in (*graph.input, *graph.initializer)}
-    taken.update(output for node in _nodes(graph) for output in node.output)
+    taken.update(output for node in all_nodes(graph) for output in node.output)
     return next(free for n in itertools.count() if (free := f"{name}:{n}" if n else name) not in taken)
 
 
