@@ -60,6 +60,43 @@ class Case(NamedTuple):
     multiplies: bool = False  # whether ONNX Runtime multiplies packed integers; if not, its accuracy level changes nothing
 
 
+class Chain(nnx.Module):
+    """Dense layers with what follows them in networks."""
+
+    def __init__(self, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(width, width, use_bias=bias, rngs=rngs) for _ in range(3)])
+        self.norms = nnx.List([nnx.BatchNorm(width, rngs=rngs) if norm else None for _ in range(3)])
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = layer(x)
+            x = self.activation(x if norm is None else norm(x))
+        return x
+
+
+# By name: the activation, whether there is a bias, whether there is a batch norm.
+CHAINS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool, bool]] = {
+    "relu": (jax.nn.relu, False, False),
+    "gelu": (jax.nn.gelu, False, False),
+    "bias and relu": (jax.nn.relu, True, False),
+    "batch norm and relu": (jax.nn.relu, False, True),
+}
+
+
+def chain(name: str, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool) -> Case:
+    """Three dense layers one after another."""
+    model = Chain(width, activation, bias, norm)
+    model.eval()
+    graphdef, params, batch_stats = train.split_model(model)
+
+    def forward(params: PyTree, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, batch_stats)(x)
+
+    return Case(name, model, forward, params, "layers/.*/kernel", (width,), multiplies=True)
+
+
 class Measured(NamedTuple):
     """A variant of a case, ready to run."""
 
@@ -69,13 +106,16 @@ class Measured(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """What is measured."""
-    features, channels, image, photo = (64, 8, 8, 32) if _TINY.value else (4096, 256, 28, 224)
+    features, width, channels, image, photo = (64, 32, 8, 8, 32) if _TINY.value else (4096, 2048, 256, 28, 224)
 
     def dense(params: PyTree, x: jax.Array) -> jax.Array:
         return x @ params["kernel"]
 
     params = {"kernel": jax.random.normal(jax.random.key(0), (features, features))}
     yield Case(f"dense {features}x{features}", dense, dense, params, None, (features,), multiplies=True)
+
+    for name, (activation, bias, norm) in CHAINS.items():
+        yield chain(f"three dense layers of {width}, {name}", width, activation, bias, norm)
 
     def convolution(params: PyTree, x: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
