@@ -136,6 +136,23 @@ def test_a_run_leaves_no_empty_metrics(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_weights_are_shown_midway_where_half_of_the_constraint_is_met():
+    """With multipliers that soon grow: the first epoch at half of the first CFS, and the weights between both ends."""
+    config = digits.get_config()
+    config.update({"pretrain_epochs": 2, "epochs": 25, "steps_per_epoch": 10, "patience": 1, "multiplier_learning_rate": 0.03})
+    job, params, batch_stats = post_training.make_job("digits", config, digits.make_dataset(config), digits.make_model(config))
+    pretrained, _ = post_training.pretrain(job, params, batch_stats)
+    optimizer = post_training.cbp_optimizer(job, "ternary")
+    outcome = post_training.post_train(job, pretrained, optimizer, "ternary CBP", lambda row: 0.0)
+    half = next(row for row in outcome.rows if row["cfs_relative"] <= outcome.rows[0]["cfs_relative"] / 2)
+    assert list(outcome.snapshots) == ["before", f"midway: epoch {half['epoch']}, g = {half['window']:.3g}", "after"]
+    violations = [
+        np.mean(np.concatenate([np.abs(weights - np.clip(np.round(weights), -1, 1)).ravel() for weights in snapshot.values()]))
+        for snapshot in outcome.snapshots.values()
+    ]
+    assert violations[0] > violations[1] > violations[2]
+
+
 def test_sizes():
     assert [report.size_text(count) for count in (0, 1249, 999_949, 1_000_000, 46_800_000)] == [
         "0.0 kB", "1.2 kB", "999.9 kB", "1.0 MB", "46.8 MB",

@@ -25,7 +25,13 @@ from run_support import ROOT, STEPS_PER_EPOCH, command, finish
 def test_imagenet_resnet18_is_killed_goes_on_and_is_evaluated(environment, tmp_path):
     """On a sample of photos, two epochs from random weights; it says nothing about accuracy."""
     script = str(ROOT / "experiments" / "imagenet_resnet18.py")
-    short = ["--config.epochs=2", "--config.batch_size=50", "--config.steps_per_epoch=14", "--config.dtype=float32"]
+    short = [
+        "--config.pretrained=random",
+        "--config.epochs=2",
+        "--config.batch_size=50",
+        "--config.steps_per_epoch=14",
+        "--config.dtype=float32",
+    ]
     run = [sys.executable, script, f"--workdir={tmp_path}", *short]
     process = subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 1200

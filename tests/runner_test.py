@@ -316,7 +316,7 @@ def test_transform_input_follows_the_weights(tmp_path):
     import ml_collections
 
     config = ml_collections.ConfigDict({"network": "googlenet", "pretrained": "", "transform_input": None})
-    for origin, expected in (("", False), ("googlenet.pth", True), (str(tmp_path), False)):
+    for origin, expected in (("", False), ("random", False), ("googlenet.pth", True), (str(tmp_path), False)):
         copy = ml_collections.ConfigDict({**config.to_dict(), "pretrained": origin})
         networks.settle_options(copy)
         assert copy.transform_input is expected

@@ -186,4 +186,8 @@ def test_where_weights_come_from(tmp_path):
     assert networks.is_torch_file(str(tmp_path / "weights.safetensors"))
     assert not networks.is_torch_file(str(tmp_path))
     assert not networks.is_torch_file("")
+    assert not networks.is_torch_file("random")
+    assert networks.is_random("random")
+    assert networks.is_random("")  # of a run that resumes
+    assert not networks.is_random("./random")  # a folder of that name
     assert networks.saved_config(tmp_path) == {}
