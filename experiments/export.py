@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from common import deploy, finished
+from common import deploy, finished, networks
 from common.finished import Run
 from common.report import float32_bytes, size_text
 from flax import nnx
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> None:
         "dtype": "float32" if onnx else "",
     }
     try:
+        if networks.saved_config(workdir).get("phase") == "pretrain":
+            raise ValueError(f"the run in {workdir} is of phase 'pretrain': it has no constraint; name a run that post-trained")
         run = finished.open_run(workdir, changes, _LIMIT.value or None)
-        if not run.constrained:
-            raise ValueError(f"the run in {workdir} is of phase 'pretrain': it has no constraint, and cannot be packed")
         scores = export_onnx(run, path, _WEIGHT_TYPE.value) if onnx else export_packed(run, path, _ROUND.value)
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}".replace("give round=True", "give --round"))
