@@ -6,6 +6,9 @@ which is several times slower than float32. ONNX Runtime 1.32 gives up where
     all that follows the product is one Relu or Clip      here: Max and Min, which compute the same
     what is added to the product is not of shape (n,)     here: a bias gets that shape; Sum adds anything else
     products share a DequantizeLinear, or its integers    `onnx_weights.py` gives each product its own
+
+and in rarer cases, such as a bias behind a product with a transposed matrix. So the graph that it makes is looked at, and weights
+whose product it did not fuse are unpacked when it loads the file.
 """
 
 from collections.abc import Iterable
@@ -102,6 +105,27 @@ def unfused(optimized: Path, weights: Iterable[str]) -> list[str]:
     """
     import onnx
 
-    graph = onnx.load(optimized).graph
+    graph = onnx.load(optimized, load_external_data=False).graph
     unpacked = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
-    return [weight for weight in weights if any(name == weight or name.startswith(f"{weight}:") for name in unpacked)]
+    return [weight for weight in weights if any(_is_of(name, weight) for name in unpacked)]
+
+
+def unpack_when_loaded(graph: "onnx.GraphProto", weights: Iterable[str]) -> None:
+    """Has ONNX Runtime unpack these weights when it loads the file, instead of at every call; in place, to the same values."""
+    from onnx import TensorProto, helper
+
+    weights, nodes = list(weights), []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and any(_is_of(node.input[0], weight) for weight in weights):
+            (integers, scales), made = node.input, free_name(graph, f"{node.input[0]}:float")
+            nodes.append(helper.make_node("Cast", [integers], [made], name=made, to=TensorProto.FLOAT))
+            nodes.append(helper.make_node("Mul", [made, scales], list(node.output), name=node.name))  # scales are of the last axis
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _is_of(integers: str, weight: str) -> bool:
+    """Whether integers are those of a weight, or one of its copies."""
+    return integers == weight or integers.startswith(f"{weight}:")

@@ -73,7 +73,7 @@ def test_dense_layers_stay_packed_and_convolutions_are_unpacked_once(tmp_path):
 
 
 def test_file_size(tmp_path):
-    """4 and 2 bits a weight instead of 32."""
+    """4 and 2 bits per weight instead of 32, and a float32 scale per column."""
 
     def network(rngs):
         return models.SmallMLP(10, 16, 256, rngs=rngs)
@@ -83,8 +83,8 @@ def test_file_size(tmp_path):
     for weight_type in ("float", "int4", "int2"):
         export_onnx(model, params, opt_state, normal(2, 4, 4, 1), tmp_path / "model.onnx", weight_type)
         sizes[weight_type] = (tmp_path / "model.onnx").stat().st_size
-    weights = 3 * 256 * 256
-    assert sizes["float"] - sizes["int4"] == pytest.approx(weights * (4 - 1 / 2), rel=1e-3)
+    weights, scales = 3 * 256 * 256, 3 * 256
+    assert sizes["float"] - sizes["int4"] == pytest.approx(weights * (4 - 1 / 2) - 4 * scales, rel=1e-3)
     assert sizes["int4"] - sizes["int2"] == pytest.approx(weights * (1 / 2 - 1 / 4), rel=1e-3)
 
 
