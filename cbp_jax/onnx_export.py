@@ -49,10 +49,10 @@ def export_onnx(
     leading axis of the inputs may have any size.
 
     ONNX Runtime keeps the integers packed in memory to multiply matrices, and everything else it unpacks when it loads the file.
-    What follows a product is written so that it does (`onnx_fusion.py`); where it still would not, a warning names the layer, which
-    is then unpacked at loading too.
-    By default it also rounds what is multiplied by them to 8 bits, which costs about 5e-3 of accuracy; the session option
-    "session.qdq_matmulnbits_accuracy_level" = "1" keeps it in float32.
+    What follows a product is written so that it does (`onnx_fusion.py`); where it still would not, a warning names the layer, and
+    its weights are unpacked when the file is loaded. By default ONNX Runtime also rounds what is multiplied by packed integers to
+    8 bits, which costs about 5e-3 of accuracy; the session option "session.qdq_matmulnbits_accuracy_level" = "1" keeps it in
+    float32.
 
     The file is written only after ONNX Runtime, in float32, has computed the same outputs from it as JAX does.
 
@@ -133,8 +133,8 @@ def export_onnx(
         difference, _ = _check(converted, named, expected, slow)
         warnings.warn(
             f"ONNX Runtime does not multiply by the packed integers of {', '.join(map(repr, slow))}: it would unpack them at every "
-            "call, slower than float32, so the file has it unpack them when it loads them. These layers are as fast and as large in "
-            "memory as float32. Known to prevent packed products are a bias behind a transposed input, and a product times 1",
+            "call, slower than float32, so the file has it unpack them when it loads them. These layers are as fast, and as large "
+            "in memory, as in float32. Known to prevent packed products is what multiplies them by 1",
             stacklevel=2,
         )
     with replacing(FilePath(path)) as new:
