@@ -145,7 +145,7 @@ def export_what_is_not_fused(path, tmp_path, between):
     ids=["times one", "over one", "transposed"],
 )
 def test_what_is_not_fused_is_named_and_unpacked_once(between, tmp_path):
-    """ONNX Runtime 1.32 drops the factor, then stumbles over Relu."""
+    """ONNX Runtime 1.32 drops the factor, then stumbles over Relu; or makes one Gemm of transposition, product and bias."""
     export_what_is_not_fused(tmp_path / "model.onnx", tmp_path, between)
 
 
