@@ -7,8 +7,9 @@ which is several times slower than float32. ONNX Runtime 1.32 gives up where
     what is added to the product is not of shape (n,)     here: a bias gets that shape; Sum adds anything else
     products share a DequantizeLinear, or its integers    `onnx_weights.py` gives each product its own
 
-and in rarer cases, such as a product that is multiplied by 1. So the graph that it makes is looked at, and weights whose product it
-did not fuse are unpacked when it loads the file.
+and in rarer cases: a product times 1 before a Relu; a bias behind the product of a transposed matrix; equal scales of up to 8
+columns, of which it makes one. So the graph that it makes is looked at, and weights whose product it did not fuse are unpacked when
+it loads the file.
 """
 
 from collections.abc import Iterable
