@@ -83,9 +83,7 @@ class Report:
         plural = "" if updates == 1 else "s"
         lines.append(f"window {float(self.window):.4g}, {updates:,} multiplier update{plural} in {steps:,} steps")
         if steps and updates <= 1:
-            lines.append(
-                "no update but the first yet: if steps_per_epoch * patience is more than a small part of your run, lower them"
-            )
+            lines.append("only the first update so far: steps_per_epoch * patience should be a small part of your run")
         if skipped:
             lines.append(
                 f"{skipped:,} of {steps:,} steps had no finite value: call optimizer.update(grads, state, params, value=loss)"

@@ -134,7 +134,7 @@ def export_onnx(
         warnings.warn(
             f"ONNX Runtime does not multiply by the packed integers of {', '.join(map(repr, slow))}: it would unpack them at every "
             "call, slower than float32, so the file has it unpack them when it loads them. These layers are as fast, and as large "
-            "in memory, as in float32. Known to prevent packed products are a factor of 1, a transposed input, and few columns",
+            "in memory, as in float32. Known causes: a factor of 1, a transposed input, few columns",
             stacklevel=2,
         )
     with replacing(FilePath(path)) as new:

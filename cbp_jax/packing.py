@@ -125,8 +125,8 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
 
     Args:
       params: the latent weights. Unconstrained leaves are stored unchanged, such as batch statistics: give
-        `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params, "batch_stats": batch_stats}` of a dictionary. What is no
-        array, as an Equinox module's functions and numbers, is not stored: `unpack` takes it from its template.
+        `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params, "batch_stats": batch_stats}` of a dictionary. Leaves that
+        are not arrays, such as functions and settings of an Equinox module, are not stored: `unpack` takes them from its template.
       opt_state: any optimizer state with one or more `CBPState`s in it.
       round: put weights on their levels that are not on them. `Packed.rounding`, and the printed table, say how many moved by more
         than 1% of the scale, and how far.
@@ -138,7 +138,7 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
       ValueError: as `quantize` does; if, without `round`, weights are off their levels by more than 1% of the scale, naming the
         layers and by how much; if constrained weights or scales are not numbers; if two paths have the same name; if an array is
         spread over several hosts.
-      TypeError: if a leaf is a random key or another array that has no bytes.
+      TypeError: if a leaf has a shape and a dtype but no values to store: a random key, or a `jax.ShapeDtypeStruct`.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
