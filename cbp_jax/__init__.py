@@ -10,13 +10,19 @@ from cbp_jax.constraints import (
     two_bit_shift,
     uniform,
 )
+from cbp_jax.deploy.inference import make_predict
+from cbp_jax.deploy.onnx_export import export_onnx
+from cbp_jax.deploy.packed_file import load_packed, save_packed
+from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor, Rounding, pack, unpack
 from cbp_jax.description import check_description, describe
-from cbp_jax.inference import make_predict
 from cbp_jax.masking import select
-from cbp_jax.metrics import LayerReport, Report, constraint_failure_score, layer_report, level_histogram
-from cbp_jax.onnx_export import export_onnx
-from cbp_jax.packed_file import load_packed, save_packed
-from cbp_jax.packing import Packed, PackedError, PackedTensor, Rounding, pack, unpack
+from cbp_jax.metrics import (
+    LayerReport,
+    Report,
+    constraint_failure_score,
+    layer_report,
+    level_histogram,
+)
 from cbp_jax.recipe import CBPSGDState, cbp_sgd, keep_params_in_box
 from cbp_jax.state import CBPState, quantize, refit_scales, window
 from cbp_jax.transform import cbp

@@ -5,10 +5,12 @@ With levels `Q` (in units of a scale `a`) and `q(w)` the level nearest to the we
     violation(w, g) = 2 |w - q(w)|          where it counts, else 0
     gradient(w, g)  = 2 sign(w - q(w))      where it counts, else 0
 
-A weight counts outside the levels always, and between two of them where `2 |w - q(w)| <= gap * (1 - 1/g)`, `gap` being the
-distance between the two. So the window `g` runs from 1 (only the outside counts) to infinity (every weight counts).
+A weight counts outside the levels always, and between two of them where `2 |w - q(w)| <= gap * (1 -
+1/g)`, `gap` being the distance between the two. So the window `g` runs from 1 (only the outside
+counts) to infinity (every weight counts).
 
-Reference: Kim and Jeong, "CBP: backpropagation with constraint on weight precision using a pseudo-Lagrange multiplier method",
+Reference: Kim and Jeong, "CBP: backpropagation with constraint on weight precision using a
+  pseudo-Lagrange multiplier method",
 NeurIPS 2021, section 3.
 """
 
@@ -31,7 +33,8 @@ from cbp_jax.step_function import step_function
 class Constraint:
     """The set of values that a constrained weight may take, in units of its scale.
 
-    A constraint is frozen, hashable and a static (leafless) pytree node: a state that holds one carries it in its tree structure.
+    A constraint is frozen, hashable and a static (leafless) pytree node: a state that holds one
+    carries it in its tree structure.
 
     Args:
       name: what reports call it.
@@ -57,9 +60,13 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise TypeError(f"a constraint's name must be a string, got {self.name!r}: write Constraint(name, levels)")
+            raise TypeError(
+                f"a constraint's name must be a string, got {self.name!r}: write Constraint(name, levels)"
+            )
         if isinstance(self.levels, str):
-            raise TypeError(f"the levels of constraint {self.name!r} must be numbers, got the string {self.levels!r}")
+            raise TypeError(
+                f"the levels of constraint {self.name!r} must be numbers, got the string {self.levels!r}"
+            )
         levels = tuple(float(level) for level in self.levels)
         if len(levels) < 2:
             raise ValueError(f"constraint {self.name!r} needs at least two levels, got {levels}")
@@ -103,7 +110,8 @@ class Constraint:
 
         Args:
           w: weights, floating, any shape.
-          scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the violation is 0.
+          scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the
+            violation is 0.
           window: `g >= 1`, shape (); infinity lets every weight count.
 
         Returns:
@@ -123,16 +131,21 @@ class Constraint:
         offset = self._offset(w, dtype, scale)
         return jnp.where(self._counts(w, scale, offset, window), 2 * jnp.abs(offset), 0)
 
-    def violation_grad(self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf) -> jax.Array:
-        """The derivative of `violation` with respect to `w`: `2 sign(w - q(w))` where it counts, else 0.
+    def violation_grad(
+        self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf
+    ) -> jax.Array:
+        """The derivative of `violation` with respect to `w`: `2 sign(w - q(w))` where it counts,
+        else 0.
 
         Args:
           w: weights, floating, any shape.
-          scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the gradient is 0.
+          scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the
+            gradient is 0.
           window: `g >= 1`, shape (); infinity lets every weight count.
 
         Returns:
-          Array of `w`'s shape and dtype `promote_types(w.dtype, float32)`, of values -2, 0 and 2; exactly on a level it is 0.
+          Array of `w`'s shape and dtype `promote_types(w.dtype, float32)`, of values -2, 0 and 2;
+          exactly on a level it is 0.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -175,16 +188,22 @@ class Constraint:
     def _offset(self, w: jax.Array, dtype: jnp.dtype, scale: jax.Array) -> jax.Array:
         """`w - q(w)`, with `q(w)` as a leaf of `dtype` can hold it, so that a stored level violates nothing."""
         nearest = self._nearest(w, scale)
-        if dtype != w.dtype:  # a pair of casts would be dropped by XLA, which may keep excess precision
+        if (
+            dtype != w.dtype
+        ):  # a pair of casts would be dropped by XLA, which may keep excess precision
             info = jnp.finfo(dtype)
             return w - jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
-        # XLA may fuse product and difference into one operation, whose rounding must not put a weight off its level.
+        # XLA may fuse product and difference into one operation, whose rounding must not put a
+        # weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
-    def _counts(self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike) -> jax.Array:
+    def _counts(
+        self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike
+    ) -> jax.Array:
         """Where the constraint is in force: outside the levels, and near enough to one of them; nowhere if the scale is 0."""
         window = jnp.asarray(window, w.dtype)
-        # Nothing must escape an infinite window: no midpoint by rounding, no level that its dtype flushes to 0.
+        # Nothing must escape an infinite window: no midpoint by rounding, no level that its dtype
+        # flushes to 0.
         share = jnp.where(jnp.isinf(window), jnp.finfo(w.dtype).max, (1 - 1 / window) / 2)
         gap = step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
         outside = ~((w >= self.levels[0] * scale) & (w <= self.levels[-1] * scale))
@@ -268,8 +287,8 @@ def shift(depth: int) -> Constraint:
     """Zero and signed powers of two: levels `{0, ±2^-d}` for d = 0..depth.
 
     Args:
-      depth: the largest shift, at least 0. `shift(0)` has the levels of `ternary()`, `shift(1)` of `one_bit_shift()`,
-        `shift(2)` of `two_bit_shift()`.
+      depth: the largest shift, at least 0. `shift(0)` has the levels of `ternary()`, `shift(1)` of
+        `one_bit_shift()`, `shift(2)` of `two_bit_shift()`.
 
     Returns:
       A constraint of `2 * depth + 3` levels.
@@ -292,10 +311,12 @@ def shift(depth: int) -> Constraint:
 def uniform(bits: int) -> Constraint:
     """Evenly spaced symmetric levels with 0 among them: `k * s` for |k| < 2^(bits - 1).
 
-    The step `s` minimises the mean squared error on Gaussian weights of mean absolute value 1, the library's unit. With
-    `sigma = sqrt(pi / 2)`, `t = s / sigma`, edges `x_k = (k - 1/2) t`, density `phi` and upper tail `Q` of the normal distribution:
+    The step `s` minimises the mean squared error on Gaussian weights of mean absolute value 1, the
+    library's unit. With `sigma = sqrt(pi / 2)`, `t = s / sigma`, edges `x_k = (k - 1/2) t`, density
+    `phi` and upper tail `Q` of the normal distribution:
 
-        error(t) = sigma^2 (1 - 4 t sum_k phi(x_k) + 2 t^2 sum_k (2 k - 1) Q(x_k)),    k = 1 .. 2^(bits - 1) - 1
+        error(t) = sigma^2 (1 - 4 t sum_k phi(x_k) + 2 t^2 sum_k (2 k - 1) Q(x_k)),    k = 1 ..
+        2^(bits - 1) - 1
 
     Args:
       bits: bits a weight, 2 to 12.
@@ -311,10 +332,13 @@ def uniform(bits: int) -> Constraint:
       >>> [round(level, 3) for level in cbp_jax.uniform(2).levels]
       [-1.534, 0.0, 1.534]
 
-    Reference: Max, "Quantizing for minimum distortion", IRE Transactions on Information Theory, 1960, for the optimal step.
+    Reference: Max, "Quantizing for minimum distortion", IRE Transactions on Information Theory,
+      1960, for the optimal step.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 12:
-        raise ValueError(f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: for one bit use binary()")
+        raise ValueError(
+            f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: for one bit use binary()"
+        )
     from scipy import optimize  # jax depends on it; imported late because it is slow to load
 
     highest = 2 ** (bits - 1) - 1
@@ -326,8 +350,11 @@ def uniform(bits: int) -> Constraint:
         return 1 - 4 * step * density + 2 * step * step * tail
 
     # Ten standard deviations at the highest level are too many, half a one too few.
-    found = optimize.minimize_scalar(error, bounds=(0.5 / highest, 10 / highest), method="bounded", options={"xatol": 1e-10})
-    # Of 12 binary digits, so that all levels and the midpoints between them are float32 numbers; the error is the same to 1e-7.
+    found = optimize.minimize_scalar(
+        error, bounds=(0.5 / highest, 10 / highest), method="bounded", options={"xatol": 1e-10}
+    )
+    # Of 12 binary digits, so that all levels and the midpoints between them are float32 numbers;
+    # the error is the same to 1e-7.
     mantissa, exponent = math.frexp(float(found.x) * math.sqrt(math.pi / 2))
     step = math.ldexp(round(mantissa * 2**12), exponent - 12)
     return Constraint(f"uniform{bits}", tuple(k * step for k in range(-highest, highest + 1)))
@@ -362,7 +389,9 @@ def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
     if isinstance(name_or_constraint, Constraint):
         return name_or_constraint
     if not isinstance(name_or_constraint, str):
-        raise TypeError(f"a constraint is a name or a Constraint, got {name_or_constraint!r} ({type(name_or_constraint).__name__})")
+        raise TypeError(
+            f"a constraint is a name or a Constraint, got {name_or_constraint!r} ({type(name_or_constraint).__name__})"
+        )
     if name_or_constraint not in _BY_NAME:
         close = difflib.get_close_matches(name_or_constraint, _BY_NAME, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -15,18 +15,20 @@ _SHOWN = 10  # differences in an error
 
 
 def describe(opt_state: optax.OptState) -> dict[str, Any]:
-    """Describes what checkpoints of arrays leave out: which leaves are constrained, to which levels, and with which scales.
+    """Describes what checkpoints of arrays leave out: which leaves are constrained, to which
+    levels, and with which scales.
 
-    Constraints are part of a state's structure, not arrays. Orbax, for one, restores a binary state into a ternary one without an
-    error, since their arrays have the same shapes. Save the description beside the arrays, and give it to `check_description` with
-    the state that the arrays are restored into.
+    Constraints are part of a state's structure, not arrays. Orbax, for one, restores a binary state
+    into a ternary one without an error, since their arrays have the same shapes. Save the
+    description beside the arrays, and give it to `check_description` with the state that the arrays
+    are restored into.
 
     Args:
       opt_state: any optimizer state with one or more `CBPState`s in it, or its `jax.eval_shape`.
 
     Returns:
-      A dictionary that `json.dumps` takes: for the path of each constrained leaf its shape, its constraint's name and levels, and
-      the shape of its scale, which tells the kept axes.
+      A dictionary that `json.dumps` takes: for the path of each constrained leaf its shape, its
+      constraint's name and levels, and the shape of its scale, which tells the kept axes.
 
     Raises:
       ValueError: if the state holds no `CBPState`.
@@ -35,12 +37,17 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
       >>> import jax.numpy as jnp, cbp_jax
       >>> state = cbp_jax.cbp("binary", scale_axis=-1).init({"kernel": jnp.array([[0.5, -0.1], [0.3, 0.9]])})
       >>> cbp_jax.describe(state)["leaves"]
-      {'kernel': {'shape': [2, 2], 'constraint': 'binary', 'levels': [-1.0, 1.0], 'scale_shape': [1, 2]}}
+      {'kernel': {'shape': [2, 2], 'constraint': 'binary', 'levels': [-1.0, 1.0], 'scale_shape': [1,
+      2]}}
     """
     leaves: dict[str, Any] = {}
     for state in find_states(opt_state):
-        constrained = [(path, rule) for path, rule in state_paths(state) if isinstance(rule, Constraint)]
-        arrays = zip(jax.tree.leaves(state.multipliers), jax.tree.leaves(state.weight_scale), strict=True)
+        constrained = [
+            (path, rule) for path, rule in state_paths(state) if isinstance(rule, Constraint)
+        ]
+        arrays = zip(
+            jax.tree.leaves(state.multipliers), jax.tree.leaves(state.weight_scale), strict=True
+        )
         for (path, constraint), (multiplier, scale) in zip(constrained, arrays, strict=True):
             leaves[path_string(path)] = {
                 "shape": list(multiplier.shape),
@@ -52,7 +59,8 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
 
 
 def check_description(opt_state: optax.OptState, description: Mapping[str, Any]) -> None:
-    """Checks that a state is of the kind that was described: same constrained leaves, constraints, shapes and scale axes.
+    """Checks that a state is of the kind that was described: same constrained leaves, constraints,
+    shapes and scale axes.
 
     Args:
       opt_state: the state that saved arrays are restored into, or were restored into.
@@ -68,25 +76,36 @@ def check_description(opt_state: optax.OptState, description: Mapping[str, Any])
       >>> cbp_jax.check_description(cbp_jax.cbp("ternary").init(params), saved)
       Traceback (most recent call last):
       ValueError: this state is not of the kind that was saved:
-        kernel: constraint saved 'binary', here 'ternary'; levels saved [-1.0, 1.0], here [-1.0, 0.0, 1.0]
+        kernel: constraint saved 'binary', here 'ternary'; levels saved [-1.0, 1.0], here [-1.0,
+          0.0, 1.0]
       make the optimizer with the constraint, mask and scale_axis that the saved state had
     """
     if description.get("format") != _FORMAT or not isinstance(description.get("leaves"), Mapping):
-        raise ValueError(f"this is no description of cbp_jax.describe, format {_FORMAT}: {str(description)[:200]}")
+        raise ValueError(
+            f"this is no description of cbp_jax.describe, format {_FORMAT}: {str(description)[:200]}"
+        )
     saved, here = description["leaves"], describe(opt_state)["leaves"]
     differences = {path: _difference(saved.get(path), here.get(path)) for path in {**saved, **here}}
     lines = [f"  {path}: {difference}" for path, difference in differences.items() if difference]
     if lines:
         more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        advice = "make the optimizer with the constraint, mask and scale_axis that the saved state had"
-        raise ValueError("\n".join(["this state is not of the kind that was saved:", *lines[:_SHOWN], *more, advice]))
+        advice = (
+            "make the optimizer with the constraint, mask and scale_axis that the saved state had"
+        )
+        raise ValueError(
+            "\n".join(
+                ["this state is not of the kind that was saved:", *lines[:_SHOWN], *more, advice]
+            )
+        )
 
 
 def _difference(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
     if saved is None or here is None:
         return f"saved {_kind(saved)}, here {_kind(here)}"
     return "; ".join(
-        f"{name} saved {saved.get(name)!r}, here {value!r}" for name, value in here.items() if saved.get(name) != value
+        f"{name} saved {saved.get(name)!r}, here {value!r}"
+        for name, value in here.items()
+        if saved.get(name) != value
     )
 
 

@@ -1,11 +1,13 @@
 """Which leaves of a parameter tree are constrained: paths, patterns and masks.
 
-A leaf's path is the tuple of its keys as strings; written out they are joined by "/". A Flax NNX variable counts as its value,
-so that `conv/kernel` names the same leaf in an NNX state and in a dictionary.
+A leaf's path is the tuple of its keys as strings; written out they are joined by "/". A Flax NNX
+variable counts as its value, so that `conv/kernel` names the same leaf in an NNX state and in a
+dictionary.
 
-By default a leaf is constrained if it is floating, has at least two axes, and its path does not name it as a bias, a scale, the
-parameter of a norm, or a table of embeddings or positions: biases of layers stacked for `scan` have two axes too. Of three axes or
-more, two must be longer than 1: Equinox's convolutions have biases of shape (channels, 1, 1).
+By default a leaf is constrained if it is floating, has at least two axes, and its path does not
+name it as a bias, a scale, the parameter of a norm, or a table of embeddings or positions: biases
+of layers stacked for `scan` have two axes too. Of three axes or more, two must be longer than 1:
+Equinox's convolutions have biases of shape (channels, 1, 1).
 """
 
 import difflib
@@ -21,26 +23,31 @@ import numpy as np
 PyTree = Any
 Path = tuple[str, ...]
 
-# Words of the last key, and of any key, that name what is no weight of a layer. "LayerNorm_0" has the words layer and norm.
+# Words of the last key, and of any key, that name what is no weight of a layer. "LayerNorm_0" has
+# the words layer and norm.
 _LAST_KEY = re.compile(r"bias(es)?|scale|gamma|beta|offset")
 _ANY_KEY = re.compile(r"embed(s|der|ding|dings)?|wte|wpe|pos|position(s|al)?|[a-z]*norm|bn|ln")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-def select(include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None) -> Callable[[PyTree], PyTree]:
+def select(
+    include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> Callable[[PyTree], PyTree]:
     """A mask that names leaves by patterns of their paths.
 
-    A leaf is selected if `re.fullmatch(pattern, path)` holds for a pattern of `include` and for none of `exclude`.
+    A leaf is selected if `re.fullmatch(pattern, path)` holds for a pattern of `include` and for
+    none of `exclude`.
 
     Args:
-      include: a pattern or several; None selects the default: floating leaves with at least two axes, but no biases, scales, norm
-        parameters, embeddings or position tables, recognized by their paths. Patterns select exactly what they match, biases and
-        norm parameters too: end them with the name of the weights ("block1/.*/kernel").
+      include: a pattern or several; None selects the default: floating leaves with at least two
+        axes, but no biases, scales, norm parameters, embeddings or position tables, recognized by
+        their paths. Patterns select exactly what they match, biases and norm parameters too: end
+        them with the name of the weights ("block1/.*/kernel").
       exclude: a pattern or several; None excludes nothing.
 
     Returns:
-      A function from a parameter tree to a tree of bools of the same structure, to be given as `mask`. It raises ValueError
-      when a pattern matches no path, listing the paths nearest to it.
+      A function from a parameter tree to a tree of bools of the same structure, to be given as
+      `mask`. It raises ValueError when a pattern matches no path, listing the paths nearest to it.
 
     Raises:
       ValueError: if a pattern is not a regular expression.
@@ -77,12 +84,19 @@ def has_modules(tree: PyTree) -> bool:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return False
-    return any(isinstance(node, nnx.Module) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Module)))
+    return any(
+        isinstance(node, nnx.Module)
+        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Module))
+    )
 
 
-def flatten_with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] = lambda node: False) -> list[tuple[Path, Any]]:
+def flatten_with_paths(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = lambda node: False
+) -> list[tuple[Path, Any]]:
     """The leaves of a tree with their paths, in the order of `jax.tree.leaves`."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_variable(node) or is_leaf(node))[0]
+    nodes = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: is_variable(node) or is_leaf(node)
+    )[0]
     return [
         (as_path(keys), leaf)
         for keys, node in nodes
@@ -92,7 +106,10 @@ def flatten_with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] = lambda nod
 
 def as_path(keys: Iterable[Any]) -> Path:
     """A path from jax's keys, which differ between dictionaries, sequences and attributes."""
-    return tuple(next(str(getattr(key, name)) for name in ("key", "name", "idx") if hasattr(key, name)) for key in keys)
+    return tuple(
+        next(str(getattr(key, name)) for name in ("key", "name", "idx") if hasattr(key, name))
+        for key in keys
+    )
 
 
 def path_string(path: Path) -> str:
@@ -102,14 +119,20 @@ def path_string(path: Path) -> str:
 
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf is an array of real floating-point numbers."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return (
+        hasattr(leaf, "shape")
+        and hasattr(leaf, "dtype")
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
 
 
 def default_mask(params: PyTree) -> list[bool]:
     """Which leaves are constrained by default: kernels by their shape that their path does not name as anything else."""
     leaves = flatten_with_paths(params)
     paths = {path for path, _ in leaves}
-    return [_has_kernel_shape(leaf) and not _is_named_otherwise(path, paths) for path, leaf in leaves]
+    return [
+        _has_kernel_shape(leaf) and not _is_named_otherwise(path, paths) for path, leaf in leaves
+    ]
 
 
 def _has_kernel_shape(leaf: Any) -> bool:
@@ -134,7 +157,9 @@ def compile_patterns(patterns: str | Iterable[str] | None) -> list[re.Pattern[st
         try:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:
-            raise ValueError(f"{pattern!r} is not a pattern: write a regular expression over paths ({error})") from error
+            raise ValueError(
+                f"{pattern!r} is not a pattern: write a regular expression over paths ({error})"
+            ) from error
     return compiled
 
 
@@ -157,8 +182,14 @@ def resolve_mask(mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTre
     tree = mask(params) if callable(mask) and all(map(callable, jax.tree.leaves(mask))) else mask
     for leaf in jax.tree.leaves(tree):
         if not (isinstance(leaf, bool | np.bool_)):
-            raise TypeError(f"a mask holds bools, got {leaf!r} ({type(leaf).__name__}): True constrains a leaf, False leaves it")
+            raise TypeError(
+                f"a mask holds bools, got {leaf!r} ({type(leaf).__name__}): True constrains a leaf, False leaves it"
+            )
     try:
-        return jax.tree.leaves(jax.tree.map(lambda flag, part: [bool(flag)] * len(jax.tree.leaves(part)), tree, params))
+        return jax.tree.leaves(
+            jax.tree.map(lambda flag, part: [bool(flag)] * len(jax.tree.leaves(part)), tree, params)
+        )
     except ValueError as error:
-        raise ValueError(f"the mask is neither a tree like the parameters nor a prefix of one: {error}") from error
+        raise ValueError(
+            f"the mask is neither a tree like the parameters nor a prefix of one: {error}"
+        ) from error

@@ -8,19 +8,30 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.masking import PyTree, path_string
-from cbp_jax.state import ON_LEVEL, ConstrainedLeaf, constrained_leaves, find_states, float_dtype, window
+from cbp_jax.state import (
+    ON_LEVEL,
+    ConstrainedLeaf,
+    constrained_leaves,
+    find_states,
+    float_dtype,
+    window,
+)
 from cbp_jax.tables import aligned
 
 
-def constraint_failure_score(params: PyTree, opt_state: optax.OptState, relative: bool = False) -> jax.Array:
+def constraint_failure_score(
+    params: PyTree, opt_state: optax.OptState, relative: bool = False
+) -> jax.Array:
     """The paper's CFS: the mean violation over all constrained weights, whatever the window.
 
-    With `Y(w) = 2 |w - q(w)|` and `n` constrained weights: `CFS = sum Y(w) / n`, or `sum (Y(w) / scale) / n`.
+    With `Y(w) = 2 |w - q(w)|` and `n` constrained weights: `CFS = sum Y(w) / n`, or `sum (Y(w) /
+    scale) / n`.
 
     Args:
       params: the latent weights.
       opt_state: any optimizer state with one or more `CBPState`s in it.
-      relative: in units of the scale, which makes layers and networks comparable; weights of scale 0 count as met.
+      relative: in units of the scale, which makes layers and networks comparable; weights of scale
+        0 count as met.
 
     Returns:
       Array of shape (), float. 0 when every weight is on a level.
@@ -40,8 +51,13 @@ def constraint_failure_score(params: PyTree, opt_state: optax.OptState, relative
     Reference: Kim and Jeong (2021), section 4.
     """
     leaves = constrained_leaves(params, opt_state)
-    total = sum((jnp.sum(_violation(leaf, relative), dtype=float_dtype()) for leaf in leaves), jnp.zeros((), float_dtype()))
-    return total / float(max(sum(leaf.weight.size for leaf in leaves), 1))  # float: there may be more than int32 holds
+    total = sum(
+        (jnp.sum(_violation(leaf, relative), dtype=float_dtype()) for leaf in leaves),
+        jnp.zeros((), float_dtype()),
+    )
+    return total / float(
+        max(sum(leaf.weight.size for leaf in leaves), 1)
+    )  # float: there may be more than int32 holds
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +73,9 @@ class LayerReport:
     scale: jax.Array  # the mean, if there is one a channel
     bad_scales: jax.Array  # how many scales are 0 or not finite: their weights are not constrained
     violation: jax.Array  # mean violation in units of the scale, whatever the window
-    on_level: jax.Array  # share of the weights within 1% of the scale of a level, the tolerance of `pack`
+    on_level: (
+        jax.Array
+    )  # share of the weights within 1% of the scale of a level, the tolerance of `pack`
     multiplier_mean: jax.Array
     multiplier_max: jax.Array
 
@@ -65,7 +83,8 @@ class LayerReport:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One `LayerReport` per constrained leaf, and where the schedule stands; printed, an aligned table with a footer.
+    """One `LayerReport` per constrained leaf, and where the schedule stands; printed, an aligned
+    table with a footer.
 
     The arrays have shape (). Of several links, each figure is that of the one furthest behind.
     """
@@ -77,13 +96,30 @@ class Report:
     skipped_values: jax.Array  # int32: steps without a finite value
 
     def __str__(self) -> str:
-        header = ("layer", "constraint", "weights", "scale", "violation", f"on level (±{ON_LEVEL:.0%})", "multiplier mean", "max")
+        header = (
+            "layer",
+            "constraint",
+            "weights",
+            "scale",
+            "violation",
+            f"on level (±{ON_LEVEL:.0%})",
+            "multiplier mean",
+            "max",
+        )
         lines = aligned([header, *map(_row, self.layers)])
-        steps, updates, skipped = int(self.steps), int(self.multiplier_updates), int(self.skipped_values)
+        steps, updates, skipped = (
+            int(self.steps),
+            int(self.multiplier_updates),
+            int(self.skipped_values),
+        )
         plural = "" if updates == 1 else "s"
-        lines.append(f"window {float(self.window):.4g}, {updates:,} multiplier update{plural} in {steps:,} steps")
+        lines.append(
+            f"window {float(self.window):.4g}, {updates:,} multiplier update{plural} in {steps:,} steps"
+        )
         if steps and updates <= 1:
-            lines.append("only the first update so far: steps_per_epoch * patience should be a small part of your run")
+            lines.append(
+                "only the first update so far: steps_per_epoch * patience should be a small part of your run"
+            )
         if skipped:
             lines.append(
                 f"{skipped:,} of {steps:,} steps had no finite value: call optimizer.update(grads, state, params, value=loss)"
@@ -102,8 +138,8 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
       opt_state: any optimizer state with one or more `CBPState`s in it.
 
     Returns:
-      A `Report`, a pytree that may leave a jitted function; `print` shows it as a table. Violations are means of `2 |w - q(w)|` in
-      units of the scale.
+      A `Report`, a pytree that may leave a jitted function; `print` shows it as a table. Violations
+      are means of `2 |w - q(w)|` in units of the scale.
 
     Raises:
       ValueError: as `cbp_jax.quantize` does.
@@ -129,11 +165,14 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
                 weights=leaf.weight.size,
                 scales=leaf.scale.size,
                 scale=jnp.mean(leaf.scale) if leaf.scale.size else jnp.zeros((), leaf.scale.dtype),
-                bad_scales=jnp.sum(~((leaf.scale > 0) & jnp.isfinite(leaf.scale))) * bool(leaf.weight.size),
+                bad_scales=jnp.sum(~((leaf.scale > 0) & jnp.isfinite(leaf.scale)))
+                * bool(leaf.weight.size),
                 violation=jnp.sum(violation, dtype=float_dtype()) / n,
                 on_level=jnp.sum(violation <= 2 * ON_LEVEL, dtype=float_dtype()) / n,
                 multiplier_mean=jnp.sum(leaf.multiplier, dtype=float_dtype()) / n,
-                multiplier_max=jnp.max(leaf.multiplier, initial=-jnp.inf if leaf.multiplier.size else 0).astype(float_dtype()),
+                multiplier_max=jnp.max(
+                    leaf.multiplier, initial=-jnp.inf if leaf.multiplier.size else 0
+                ).astype(float_dtype()),
             )
         )
     states = find_states(opt_state)
@@ -158,7 +197,8 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
       opt_state: any optimizer state with one or more `CBPState`s in it.
 
     Returns:
-      For the path of each constrained leaf an int32 array with a count for each of its constraint's levels, lowest first.
+      For the path of each constrained leaf an int32 array with a count for each of its constraint's
+      levels, lowest first.
 
     Raises:
       ValueError: as `cbp_jax.quantize` does.

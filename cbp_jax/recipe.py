@@ -43,13 +43,15 @@ def cbp_sgd(
     window_growth: GrowthFn | None = None,
     multiplier_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stochastic gradient descent under a CBP constraint: the recipe of the paper, as `optax.adamw` is one of another.
+    """Stochastic gradient descent under a CBP constraint: the recipe of the paper, as `optax.adamw`
+    is one of another.
 
     With the window `g`, the learning rate `lr`, and `clip` to ±`gradient_clip` elementwise:
 
-        gradient = clip(gradient + multiplier * violation_grad(w, g)) + weight_decay * w     (decay: kernels only)
-        velocity = momentum * velocity + gradient
-        w        = w - lr * (lr_decay if g >= lr_decay_window else 1) * velocity             (constrained: clamped to ±weight_bound)
+        gradient = clip(gradient + multiplier * violation_grad(w, g)) + weight_decay * w     (decay:
+        kernels only) velocity = momentum * velocity + gradient
+        w        = w - lr * (lr_decay if g >= lr_decay_window else 1) * velocity
+        (constrained: clamped to ±weight_bound)
 
     Args:
       learning_rate: a number or a schedule of the step.
@@ -62,9 +64,11 @@ def cbp_sgd(
       gradient_clip: bound of each element of the gradient; None does not clip.
       weight_bound: bound of each constrained weight; None does not clamp.
       lr_decay: factor of the learning rate from `lr_decay_window` on.
-      lr_decay_window: the window, read after the epoch boundary of this call, from which the learning rate is decayed.
+      lr_decay_window: the window, read after the epoch boundary of this call, from which the
+        learning rate is decayed.
       mask: as in `cbp_jax.cbp`.
-      decay_mask: the leaves that decay, as `mask`. None: leaves with at least two axes. Static under `optax.inject_hyperparams`.
+      decay_mask: the leaves that decay, as `mask`. None: leaves with at least two axes. Static
+        under `optax.inject_hyperparams`.
       multiplier_optimizer: as in `cbp_jax.cbp`.
       scale_axis: as in `cbp_jax.cbp`.
       scale_fn: as in `cbp_jax.cbp`.
@@ -73,7 +77,8 @@ def cbp_sgd(
       multiplier_dtype: as in `cbp_jax.cbp`.
 
     Returns:
-      An optimizer, used as `cbp_jax.cbp` is: `init` after the pre-trained weights are in, `update` with `params` and `value`.
+      An optimizer, used as `cbp_jax.cbp` is: `init` after the pre-trained weights are in, `update`
+      with `params` and `value`.
 
     Raises:
       ValueError: as `cbp_jax.cbp`; and if `weight_bound` or `gradient_clip` is not positive.
@@ -113,7 +118,12 @@ def cbp_sgd(
         return CBPSGDState(cbp=link.init(params), sgd=sgd.init(params))
 
     def update_fn(
-        updates: PyTree, state: CBPSGDState, params: PyTree | None = None, *, value: ArrayLike | None = None, **extra_args: Any
+        updates: PyTree,
+        state: CBPSGDState,
+        params: PyTree | None = None,
+        *,
+        value: ArrayLike | None = None,
+        **extra_args: Any,
     ) -> tuple[PyTree, CBPSGDState]:
         del extra_args
         updates, cbp_state = link.update(updates, state.cbp, params, value=value)
@@ -126,7 +136,9 @@ def cbp_sgd(
                 cbp_state.constraints,
                 is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode),
             )
-            updates, _ = keep_params_in_box(-weight_bound, weight_bound, constrained).update(updates, optax.EmptyState(), params)
+            updates, _ = keep_params_in_box(-weight_bound, weight_bound, constrained).update(
+                updates, optax.EmptyState(), params
+            )
         return updates, CBPSGDState(cbp=cbp_state, sgd=sgd_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -136,16 +148,19 @@ def _kernels(params: PyTree) -> PyTree:
     return jax.tree.map(lambda w: is_floating(w) and len(w.shape) >= 2, params)
 
 
-def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None) -> optax.GradientTransformation:
+def keep_params_in_box(
+    lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None
+) -> optax.GradientTransformation:
     """Changes updates so that the updated parameters stay in a box; the last link of a chain.
 
-    Where `params + updates` leaves `[lower, upper]` the update becomes the way to the nearer bound, rounded inwards; elsewhere it
-    stays as it is.
+    Where `params + updates` leaves `[lower, upper]` the update becomes the way to the nearer bound,
+    rounded inwards; elsewhere it stays as it is.
 
     Args:
       lower: the lower bound, a number or shape ().
       upper: the upper bound, likewise.
-      mask: the leaves to keep inside: a tree of bools, a prefix of one or a callable giving one. None: all floating leaves.
+      mask: the leaves to keep inside: a tree of bools, a prefix of one or a callable giving one.
+        None: all floating leaves.
 
     Returns:
       A link without state, whose `update` needs `params`.
@@ -161,23 +176,35 @@ def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None
       >>> print(params + updates)
       [1.   0.25]
 
-    Reference: Kim and Jeong (2021): the authors' code clamps constrained weights to [-1, 1] after each step.
+    Reference: Kim and Jeong (2021): the authors' code clamps constrained weights to [-1, 1] after
+      each step.
     """
     if isinstance(lower, int | float) and isinstance(upper, int | float) and not lower < upper:
-        raise ValueError(f"the lower bound must be below the upper one, got {lower!r} and {upper!r}")
+        raise ValueError(
+            f"the lower bound must be below the upper one, got {lower!r} and {upper!r}"
+        )
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         del params
         return optax.EmptyState()
 
-    def update_fn(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
+    def update_fn(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         if params is None:
-            raise ValueError("keep_params_in_box needs the parameters: call optimizer.update(grads, state, params)")
+            raise ValueError(
+                "keep_params_in_box needs the parameters: call optimizer.update(grads, state, params)"
+            )
         weights, moves = jax.tree.leaves(params), jax.tree.leaves(updates)
         if len(weights) != len(moves):
-            raise ValueError(f"there are {len(weights)} parameters but {len(moves)} updates: give trees of the same structure")
+            raise ValueError(
+                f"there are {len(weights)} parameters but {len(moves)} updates: give trees of the same structure"
+            )
         flags = list(map(is_floating, weights)) if mask is None else resolve_mask(mask, params)
-        moved = [_into_box(w, u, lower, upper) if flag else u for w, u, flag in zip(weights, moves, flags, strict=True)]
+        moved = [
+            _into_box(w, u, lower, upper) if flag else u
+            for w, u, flag in zip(weights, moves, flags, strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(updates), moved), state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -186,11 +213,15 @@ def keep_params_in_box(lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None
 def _into_box(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLike) -> jax.Array:
     low, high = _inwards(lower, w.dtype, math.inf), _inwards(upper, w.dtype, -math.inf)
     wide = jnp.promote_types(jnp.promote_types(w.dtype, update.dtype), jnp.float32)
-    to_low, to_high = ((bound.astype(wide) - w.astype(wide)).astype(update.dtype) for bound in (low, high))
+    to_low, to_high = (
+        (bound.astype(wide) - w.astype(wide)).astype(update.dtype) for bound in (low, high)
+    )
     inside = jnp.where(w + update > high, to_high, jnp.where(w + update < low, to_low, update))
     # Either difference may have been rounded outwards, by less than one step of its own precision.
     if jnp.finfo(inside.dtype).bits < 32:
-        down, up = (jnp.nextafter(inside, jnp.asarray(end, inside.dtype)) for end in (-math.inf, math.inf))
+        down, up = (
+            jnp.nextafter(inside, jnp.asarray(end, inside.dtype)) for end in (-math.inf, math.inf)
+        )
     else:  # a step or two; nextafter is much arithmetic
         step = jnp.abs(inside) * jnp.finfo(inside.dtype).eps
         down, up = inside - step, inside + step
@@ -201,5 +232,7 @@ def _inwards(bound: ArrayLike, dtype: jnp.dtype, towards: float) -> jax.Array:
     """The bound in a dtype that may not hold it, not further out than it was."""
     exact = jnp.asarray(bound, jnp.promote_types(dtype, jnp.float32))
     rounded = exact.astype(dtype)
-    outside = rounded.astype(exact.dtype) < exact if towards > 0 else rounded.astype(exact.dtype) > exact
+    outside = (
+        rounded.astype(exact.dtype) < exact if towards > 0 else rounded.astype(exact.dtype) > exact
+    )
     return jnp.where(outside, jnp.nextafter(rounded, jnp.asarray(towards, dtype)), rounded)

@@ -1,7 +1,8 @@
 """What CBP remembers, and what is read from it: the forward weights, the window, the scales.
 
-The functions here take any optimizer state and find the `CBPState`s in it. They pair a state's leaves with parameters by path, so
-a Flax NNX state, its pure form and the `opt_state` of an `nnx.Optimizer` all fit each other.
+The functions here take any optimizer state and find the `CBPState`s in it. They pair a state's
+leaves with parameters by path, so a Flax NNX state, its pure form and the `opt_state` of an
+`nnx.Optimizer` all fit each other.
 """
 
 import math
@@ -16,7 +17,16 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cbp_jax.constraints import Constraint
-from cbp_jax.masking import Path, PyTree, as_path, flatten_with_paths, has_modules, is_floating, is_variable, path_string
+from cbp_jax.masking import (
+    Path,
+    PyTree,
+    as_path,
+    flatten_with_paths,
+    has_modules,
+    is_floating,
+    is_variable,
+    path_string,
+)
 
 ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -29,9 +39,10 @@ _FEW_PER_LEVEL = 4
 class CBPState(NamedTuple):
     """State of the `cbp` link; "float" is float32, or float64 under x64.
 
-    Trees have the structure of the parameters, with `optax.MaskedNode` where a leaf is not constrained. The constraints are
-    structure, not arrays: pickle and `jax.tree` keep them, but Orbax writes arrays alone. To be sure that a state is restored under
-    its own constraint, save `cbp_jax.describe(state)` with it and call `cbp_jax.check_description` when it is restored.
+    Trees have the structure of the parameters, with `optax.MaskedNode` where a leaf is not
+    constrained. The constraints are structure, not arrays: pickle and `jax.tree` keep them, but
+    Orbax writes arrays alone. To be sure that a state is restored under its own constraint, save
+    `cbp_jax.describe(state)` with it and call `cbp_jax.check_description` when it is restored.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: steps taken, saturating; informational
@@ -43,10 +54,14 @@ class CBPState(NamedTuple):
     window: jax.Array  # shape=(), float: g, from initial_window to infinity
     multiplier_opt_state: optax.OptState
     lagrangian_sum: jax.Array  # shape=(), float: of this epoch so far; -inf: not comparable
-    previous_sum: jax.Array  # shape=(), float: of the last epoch; inf: none yet; -inf: not comparable
+    previous_sum: (
+        jax.Array
+    )  # shape=(), float: of the last epoch; inf: none yet; -inf: not comparable
     patience_used: jax.Array  # shape=(), dtype=int32: epochs since the window grew
     skipped_values: jax.Array  # shape=(), dtype=int32: steps whose value was missing or not finite
-    multiplier_updates: jax.Array  # shape=(), dtype=int32: ascent steps that the multipliers took, the first call's included
+    multiplier_updates: (
+        jax.Array
+    )  # shape=(), dtype=int32: ascent steps that the multipliers took, the first call's included
 
 
 class ConstrainedLeaf(NamedTuple):
@@ -60,22 +75,27 @@ class ConstrainedLeaf(NamedTuple):
 
 
 def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
-    """The weights to run the forward pass with: constrained ones on their nearest levels, the others as they are.
+    """The weights to run the forward pass with: constrained ones on their nearest levels, the
+    others as they are.
 
-    With `q(w)` the level nearest to `w` times its scale, the result is `q(w)` on constrained leaves and `w` elsewhere. To
-    differentiate a loss at the result and apply the gradient to `params` is the straight-through estimator.
+    With `q(w)` the level nearest to `w` times its scale, the result is `q(w)` on constrained leaves
+    and `w` elsewhere. To differentiate a loss at the result and apply the gradient to `params` is
+    the straight-through estimator.
 
     Args:
-      params: the latent weights; leaves the state does not know are left as they are. A Flax NNX module is taken too: the result
-        is a module that shares every variable but the constrained ones with it, so that batch statistics and dropout counters
-        that a forward pass of the result updates are updated in the module given.
-      opt_state: any optimizer state with one or more `CBPState`s in it, `nnx.Optimizer.opt_state` too.
+      params: the latent weights; leaves the state does not know are left as they are. A Flax NNX
+        module is taken too: the result is a module that shares every variable but the constrained
+        ones with it, so that batch statistics and dropout counters that a forward pass of the
+        result updates are updated in the module given.
+      opt_state: any optimizer state with one or more `CBPState`s in it, `nnx.Optimizer.opt_state`
+        too.
 
     Returns:
       A tree of the structure, shapes and dtypes of `params`.
 
     Raises:
-      ValueError: if the state holds no `CBPState`, constrains a leaf twice, or does not fit the parameters; it names the leaf.
+      ValueError: if the state holds no `CBPState`, constrains a leaf twice, or does not fit the
+        parameters; it names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -86,7 +106,10 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
     Reference: Kim and Jeong (2021), section 3.3.
     """
-    on_levels = {leaf.path: leaf.constraint.quantize(leaf.weight, leaf.scale) for leaf in constrained_leaves(params, opt_state)}
+    on_levels = {
+        leaf.path: leaf.constraint.quantize(leaf.weight, leaf.scale)
+        for leaf in constrained_leaves(params, opt_state)
+    }
     if has_modules(params):
         return _share_variables(params, on_levels)
     leaves = [on_levels.get(path, leaf) for path, leaf in flatten_with_paths(params)]
@@ -102,11 +125,14 @@ def _share_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
         return variable if value is None else variable.replace(value)
 
     graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(replace, state, is_leaf=is_variable))
+    return nnx.merge(
+        graphdef, jax.tree_util.tree_map_with_path(replace, state, is_leaf=is_variable)
+    )
 
 
 def window(opt_state: optax.OptState) -> jax.Array:
-    """The window in force, for schedules and logs: 1 at the start, growing to infinity as the constraint closes.
+    """The window in force, for schedules and logs: 1 at the start, growing to infinity as the
+    constraint closes.
 
     Args:
       opt_state: any optimizer state with one or more `CBPState`s in it.
@@ -128,7 +154,9 @@ def window(opt_state: optax.OptState) -> jax.Array:
     return windows[0] if len(windows) == 1 else jnp.min(jnp.stack(windows))
 
 
-def refit_scales(params: PyTree, opt_state: optax.OptState, scale_fn: ScaleFn | None = None) -> optax.OptState:
+def refit_scales(
+    params: PyTree, opt_state: optax.OptState, scale_fn: ScaleFn | None = None
+) -> optax.OptState:
     """A new state whose scales are measured again, on these parameters.
 
     Args:
@@ -150,7 +178,12 @@ def refit_scales(params: PyTree, opt_state: optax.OptState, scale_fn: ScaleFn | 
       2.0
     """
     scales = {
-        leaf.path: measure_scale(leaf.path, leaf.weight, tuple(i for i, n in enumerate(leaf.scale.shape) if n > 1), scale_fn)
+        leaf.path: measure_scale(
+            leaf.path,
+            leaf.weight,
+            tuple(i for i, n in enumerate(leaf.scale.shape) if n > 1),
+            scale_fn,
+        )
         for leaf in constrained_leaves(params, opt_state)
     }
 
@@ -159,7 +192,9 @@ def refit_scales(params: PyTree, opt_state: optax.OptState, scale_fn: ScaleFn | 
             return node
         old = flatten_with_paths(node.weight_scale)
         new = [scales[path].reshape(scale.shape) for path, scale in old]
-        return node._replace(weight_scale=jax.tree.unflatten(jax.tree.structure(node.weight_scale), new))
+        return node._replace(
+            weight_scale=jax.tree.unflatten(jax.tree.structure(node.weight_scale), new)
+        )
 
     return jax.tree.map(refit, opt_state, is_leaf=lambda node: isinstance(node, CBPState))
 
@@ -182,7 +217,11 @@ def find_states(opt_state: optax.OptState) -> list[CBPState]:
 
 
 def _without_variables(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_variable(node) else node, tree, is_leaf=is_variable)
+    return jax.tree.map(
+        lambda node: jax.tree.leaves(node)[0] if is_variable(node) else node,
+        tree,
+        is_leaf=is_variable,
+    )
 
 
 def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[ConstrainedLeaf]:
@@ -202,12 +241,18 @@ def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[Constr
 
 def state_paths(state: CBPState) -> list[tuple[Path, Constraint | optax.MaskedNode]]:
     """All leaves that a state knows, with a `MaskedNode` for those it does not constrain."""
-    return flatten_with_paths(state.constraints, is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode))
+    return flatten_with_paths(
+        state.constraints, is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode)
+    )
 
 
 def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[ConstrainedLeaf]:
     """The leaves that a state constrains, in its order; ValueError names those that the parameters lack or that do not fit."""
-    constrained = [(path, constraint) for path, constraint in state_paths(state) if isinstance(constraint, Constraint)]
+    constrained = [
+        (path, constraint)
+        for path, constraint in state_paths(state)
+        if isinstance(constraint, Constraint)
+    ]
     missing = [path_string(path) for path, _ in constrained if path not in weights]
     if missing:
         raise ValueError(
@@ -240,7 +285,9 @@ def mean_absolute_value(w: jax.Array, kept_axes: tuple[int, ...]) -> jax.Array:
     return jnp.mean(jnp.abs(w), axis=axes, keepdims=bool(kept_axes))
 
 
-def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: ScaleFn | None) -> jax.Array:
+def measure_scale(
+    path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: ScaleFn | None
+) -> jax.Array:
     """A leaf's scale, in the dtype to compute in; refuses, where values can be seen, one that is zero or not finite throughout."""
     compute = jnp.promote_types(w.dtype, jnp.float32)
     kept = normalize_axes(path, w.ndim, kept_axes)
@@ -255,12 +302,18 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
         )
     scale = jnp.array((scale_fn or mean_absolute_value)(w.astype(compute), kept), compute)
     if scale.shape != shape:
-        raise ValueError(f"scale_fn gave {path_string(path)!r} a scale of shape {scale.shape}; shape {shape} was expected")
+        raise ValueError(
+            f"scale_fn gave {path_string(path)!r} a scale of shape {scale.shape}; shape {shape} was expected"
+        )
     scale = _replicated(scale)
-    if not isinstance(scale, jax.core.Tracer) and (scale.is_fully_addressable or scale.is_fully_replicated):
+    if not isinstance(scale, jax.core.Tracer) and (
+        scale.is_fully_addressable or scale.is_fully_replicated
+    ):
         values = np.asarray(scale)
         if not np.all(np.isfinite(values)) or np.any(values < 0):
-            raise ValueError(f"the scale of {path_string(path)!r} is negative or not finite: check its weights, and scale_fn")
+            raise ValueError(
+                f"the scale of {path_string(path)!r} is negative or not finite: check its weights, and scale_fn"
+            )
         if np.all(values == 0):
             raise ValueError(
                 f"the scale of {path_string(path)!r} is 0, because all its weights are: load the pre-trained weights before "
@@ -269,7 +322,9 @@ def measure_scale(path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: 
     return scale
 
 
-def warn_if_quantized(path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]) -> None:
+def warn_if_quantized(
+    path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]
+) -> None:
     """Warns, where values can be seen, if a leaf has no more distinct values than levels (per scale): it is quantized already."""
     most = len(constraint.levels)
     if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True) or not w.size:
@@ -278,7 +333,8 @@ def warn_if_quantized(path: Path, w: jax.Array, constraint: Constraint, kept_axe
     one_scale = tuple(0 if axis in kept else slice(None) for axis in range(w.ndim))
     if math.prod(n for axis, n in enumerate(w.shape) if axis not in kept) <= _FEW_PER_LEVEL * most:
         return
-    # A sample of one shard first: float weights have many values, and a large leaf need not leave the device.
+    # A sample of one shard first: float weights have many values, and a large leaf need not leave
+    # the device.
     shard = w.addressable_data(0) if isinstance(w, jax.Array) else w
     distinct = _count_distinct(shard[one_scale].reshape(-1)[: _FEW_PER_LEVEL * most])
     if distinct <= most:
@@ -301,7 +357,9 @@ def _replicated(scale: jax.Array) -> jax.Array:
     """On every device, which all need it; under `jit` in automatic sharding mode the compiler decides."""
     traced = isinstance(scale, jax.core.Tracer)
     sharding = jax.typeof(scale).sharding if traced else scale.sharding
-    if not isinstance(sharding, NamedSharding) or (traced and AxisType.Explicit not in sharding.mesh.axis_types):
+    if not isinstance(sharding, NamedSharding) or (
+        traced and AxisType.Explicit not in sharding.mesh.axis_types
+    ):
         return scale
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     return jax.sharding.reshard(scale, everywhere) if traced else jax.device_put(scale, everywhere)
@@ -311,7 +369,9 @@ def normalize_axes(path: Path, ndim: int, axes: Sequence[int]) -> tuple[int, ...
     """Axes as numbers of 0 to ndim - 1; ValueError names the leaf that has no such axis."""
     for axis in axes:
         if not -ndim <= axis < ndim:
-            raise ValueError(f"scale_axis {axis} does not exist in {path_string(path)!r}, which has {ndim} axes")
+            raise ValueError(
+                f"scale_axis {axis} does not exist in {path_string(path)!r}, which has {ndim} axes"
+            )
     return tuple(sorted({axis % ndim for axis in axes}))
 
 

@@ -1,8 +1,9 @@
 """Step functions of weights: what is looked up by the interval between levels that a weight is in.
 
-Three ways. A chain of compares and selects, which compilers vectorise, where there are few steps. For evenly spaced edges and
-values, as of `uniform(8)`, a division, corrected by comparing with the edges themselves. Else a bisection, whose look-ups do not
-vectorise on a CPU. All three give the same to the last bit, where the scale is positive.
+Three ways. A chain of compares and selects, which compilers vectorise, where there are few steps.
+For evenly spaced edges and values, as of `uniform(8)`, a division, corrected by comparing with the
+edges themselves. Else a bisection, whose look-ups do not vectorise on a CPU. All three give the
+same to the last bit, where the scale is positive.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,15 @@ from jax.typing import DTypeLike
 _LONGEST_CHAIN = 16
 
 
-def step_function(w: jax.Array, scale: jax.Array, edges: Sequence[float], values: Sequence[float], dtype: DTypeLike) -> jax.Array:
-    """`values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`: the lowest value below, the highest above all edges.
+def step_function(
+    w: jax.Array,
+    scale: jax.Array,
+    edges: Sequence[float],
+    values: Sequence[float],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`: the lowest value below, the
+    highest above all edges.
 
     Args:
       w: weights, floating; NaN has the lowest value.
@@ -45,7 +53,9 @@ def _is_exact_progression(numbers: Sequence[float]) -> bool:
     """Whether `first + i * step` is every number, computed in float32 without rounding."""
     exact = np.asarray(numbers, np.float64)
     multiples = np.arange(len(exact)) * (exact[1] - exact[0])
-    in_float32 = all(np.all(np.float32(part) == part) for part in (exact, multiples, exact[1] - exact[0]))
+    in_float32 = all(
+        np.all(np.float32(part) == part) for part in (exact, multiples, exact[1] - exact[0])
+    )
     return in_float32 and bool(np.all(exact[0] + multiples == exact))
 
 
@@ -59,7 +69,13 @@ def _divide(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array
     return index + ((index < count) & (w >= (first + index * step) * scale))
 
 
-def _bisect(w: jax.Array, scale: jax.Array, edges: Sequence[float], values: Sequence[float], dtype: DTypeLike) -> jax.Array:
+def _bisect(
+    w: jax.Array,
+    scale: jax.Array,
+    edges: Sequence[float],
+    values: Sequence[float],
+    dtype: DTypeLike,
+) -> jax.Array:
     table, step = jnp.asarray(edges, w.dtype), 1 << (len(edges).bit_length() - 1)
     index = jnp.where(w >= edges[step - 1] * scale, step, 0)
     while step := step // 2:

@@ -58,44 +58,57 @@ def cbp(
 ) -> optax.GradientTransformationExtraArgs:
     """Constrained backpropagation as a link of an optax chain: put it first.
 
-    Every call adds the gradient of the constraint to that of the loss, with the window `g` and a multiplier for each weight:
+    Every call adds the gradient of the constraint to that of the loss, with the window `g` and a
+    multiplier for each weight:
 
         updates += multiplier * violation_grad(w, g)
 
-    At the start of an epoch, of `steps_per_epoch` calls, the last epoch's summed Lagrangian, `value + sum(multiplier * violation)`,
-    is compared with that of the one before. If it did not fall, or after `patience` epochs, the window grows and the multipliers
-    take one ascent step on the violation. A `value` that is missing or not finite makes its epoch not comparable: the comparison
-    is skipped for that epoch and the next, patience still counts, and `CBPState.skipped_values` counts such steps. An `update` that
-    is called (or compiled) without `value` warns, unless `patience` is 1, which compares nothing.
+    At the start of an epoch, of `steps_per_epoch` calls, the last epoch's summed Lagrangian, `value
+    + sum(multiplier * violation)`, is compared with that of the one before. If it did not fall, or
+    after `patience` epochs, the window grows and the multipliers take one ascent step on the
+    violation. A `value` that is missing or not finite makes its epoch not comparable: the
+    comparison is skipped for that epoch and the next, patience still counts, and
+    `CBPState.skipped_values` counts such steps. An `update` that is called (or compiled) without
+    `value` warns, unless `patience` is 1, which compares nothing.
 
     Args:
-      constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", a `Constraint`, or a mapping from patterns of paths
-        (`re.fullmatch`) to those or None: the first match wins; None, or no match, leaves the leaf unconstrained.
-      steps_per_epoch: calls of `update` that make an epoch of the schedule; under `optax.MultiSteps`, emitted updates.
+      constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", a `Constraint`, or a
+        mapping from patterns of paths (`re.fullmatch`) to those or None: the first match wins;
+        None, or no match, leaves the leaf unconstrained.
+      steps_per_epoch: calls of `update` that make an epoch of the schedule; under
+        `optax.MultiSteps`, emitted updates.
       patience: epochs after which the window grows even while the Lagrangian falls.
-      multiplier_learning_rate: learning rate of Adam on the multipliers; not used when `multiplier_optimizer` is given.
-      multiplier_optimizer: a descending optax optimizer for the multipliers; it is given minus the violation, and so ascends.
-        None is `optax.adam(multiplier_learning_rate)`. `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments:
-        a violation of 3e-3, in the weights' unit, or more moves a multiplier by 1e-4.
-      mask: which leaves to constrain: a tree of bools, a prefix of one, or a callable from parameters to such a tree, as
-        `cbp_jax.select` makes. None: floating leaves with at least two axes, but no biases, scales, norm parameters, embeddings or
-        position tables, recognized by their paths. First and last layers should be left out.
-      scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output channel of Flax kernels. None: one
-        scale a tensor.
-      scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean absolute value. Give it to
-        `cbp_jax.refit_scales` too.
-      initial_window: `g` at the start, at least 1; infinity constrains every weight from the first step.
-      window_growth: a function of `g`, a traced array, giving the next one: `lambda g: jnp.where(g < 10, g + 1, 1.5 * g)`.
+      multiplier_learning_rate: learning rate of Adam on the multipliers; not used when
+        `multiplier_optimizer` is given.
+      multiplier_optimizer: a descending optax optimizer for the multipliers; it is given minus the
+        violation, and so ascends. None is `optax.adam(multiplier_learning_rate)`.
+        `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments: a violation of
+        3e-3, in the weights' unit, or more moves a multiplier by 1e-4.
+      mask: which leaves to constrain: a tree of bools, a prefix of one, or a callable from
+        parameters to such a tree, as `cbp_jax.select` makes. None: floating leaves with at least
+        two axes, but no biases, scales, norm parameters, embeddings or position tables, recognized
+        by their paths. First and last layers should be left out.
+      scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output
+        channel of Flax kernels. None: one scale a tensor.
+      scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean
+        absolute value. Give it to `cbp_jax.refit_scales` too.
+      initial_window: `g` at the start, at least 1; infinity constrains every weight from the first
+        step.
+      window_growth: a function of `g`, a traced array, giving the next one: `lambda g: jnp.where(g
+        < 10, g + 1, 1.5 * g)`.
         None: g + 1 below 10, g + 10 from there.
-      multiplier_dtype: dtype of the multipliers and their optimizer's moments. None: `promote_types(w.dtype, float32)`.
+      multiplier_dtype: dtype of the multipliers and their optimizer's moments. None:
+        `promote_types(w.dtype, float32)`.
 
     Returns:
-      A link whose `init(params)` measures the scales, so call it after the pre-trained weights are in, and whose `update(updates,
-      state, params, value=loss)` needs `params`. Its state is a `CBPState`.
+      A link whose `init(params)` measures the scales, so call it after the pre-trained weights are
+      in, and whose `update(updates, state, params, value=loss)` needs `params`. Its state is a
+      `CBPState`.
 
     Raises:
-      ValueError: if the constraint is unknown, or a number out of range. `init` raises it if a pattern matches nothing or a leaf
-        is zero throughout, `update` without `params` or with others than the state was made for.
+      ValueError: if the constraint is unknown, or a number out of range. `init` raises it if a
+        pattern matches nothing or a leaf is zero throughout, `update` without `params` or with
+        others than the state was made for.
       TypeError: from `init`, if a leaf to be constrained is not floating.
 
     Example:
@@ -107,10 +120,11 @@ def cbp(
       >>> updates, state = optimizer.update(grads, state, params, value=loss)
       >>> params = optax.apply_updates(params, updates)
 
-    With `optax.inject_hyperparams`, arguments that are not numbers to schedule must be static: `static_args=("constraint", "mask",
-    "steps_per_epoch", "patience", "scale_axis", "scale_fn", "multiplier_optimizer", "window_growth", "multiplier_dtype")`. With
-    `optax.tree_utils.tree_map_params`, multipliers and their moments are parameters; `transform_non_params` is given `constraints`
-    and `weight_scale` as whole trees.
+    With `optax.inject_hyperparams`, arguments that are not numbers to schedule must be static:
+    `static_args=("constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn",
+    "multiplier_optimizer", "window_growth", "multiplier_dtype")`. With
+    `optax.tree_utils.tree_map_params`, multipliers and their moments are parameters;
+    `transform_non_params` is given `constraints` and `weight_scale` as whole trees.
 
     Reference: Kim and Jeong (2021), algorithm 1.
     """
@@ -122,27 +136,46 @@ def cbp(
     kept_axes = _as_axes(scale_axis)
     if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
         raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
-    ascent = optax.with_extra_args_support(multiplier_optimizer or optax.adam(multiplier_learning_rate))
+    ascent = optax.with_extra_args_support(
+        multiplier_optimizer or optax.adam(multiplier_learning_rate)
+    )
     grow = _default_growth if window_growth is None else window_growth
 
     def init_fn(params: PyTree) -> CBPState:
-        if type(params).__name__ == "_ParamsPlaceholder":  # optax's tree_map_params asks where copies of the parameters are
+        if (
+            type(params).__name__ == "_ParamsPlaceholder"
+        ):  # optax's tree_map_params asks where copies of the parameters are
             constraints, multipliers, scales = 0, params, 0
         else:
             chosen = _assign_constraints(rules, mask, params)
 
             def build(leaf_fn: Callable[[Path, PyTree], Any]) -> PyTree:
                 def build_leaf(keys: Any, node: PyTree) -> Any:
-                    return leaf_fn(as_path(keys), node) if as_path(keys) in chosen else optax.MaskedNode()
+                    return (
+                        leaf_fn(as_path(keys), node)
+                        if as_path(keys) in chosen
+                        else optax.MaskedNode()
+                    )
 
                 return jax.tree_util.tree_map_with_path(build_leaf, params, is_leaf=is_variable)
 
-            def zeros(path: Path, node: PyTree) -> PyTree:  # inside an NNX variable, if it is one, which annotates the sharding
-                return jax.tree.map(lambda w: _zeros_alike(w, multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)), node)
+            def zeros(
+                path: Path, node: PyTree
+            ) -> PyTree:  # inside an NNX variable, if it is one, which annotates the sharding
+                return jax.tree.map(
+                    lambda w: _zeros_alike(
+                        w, multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)
+                    ),
+                    node,
+                )
 
             constraints = build(lambda path, node: chosen[path])
             multipliers = build(zeros)
-            scales = build(lambda path, node: measure_scale(path, jax.tree.leaves(node)[0], kept_axes, scale_fn))
+            scales = build(
+                lambda path, node: measure_scale(
+                    path, jax.tree.leaves(node)[0], kept_axes, scale_fn
+                )
+            )
             for path, leaf in flatten_with_paths(params):
                 if path in chosen:
                     warn_if_quantized(path, leaf, chosen[path], kept_axes)
@@ -163,7 +196,12 @@ def cbp(
         )
 
     def update_fn(
-        updates: PyTree, state: CBPState, params: PyTree | None = None, *, value: ArrayLike | None = None, **extra_args: Any
+        updates: PyTree,
+        state: CBPState,
+        params: PyTree | None = None,
+        *,
+        value: ArrayLike | None = None,
+        **extra_args: Any,
     ) -> tuple[PyTree, CBPState]:
         del extra_args
         leaves = _pair(params, state)
@@ -177,13 +215,22 @@ def cbp(
 
         grads = dict(flatten_with_paths(updates))
         multipliers = jax.tree.leaves(state.multipliers)
-        leaves = [leaf._replace(multiplier=multiplier) for leaf, multiplier in zip(leaves, multipliers, strict=True)]
-        total, window = (None, state.window) if value is None else constraint_sum(leaves, state.window)
+        leaves = [
+            leaf._replace(multiplier=multiplier)
+            for leaf, multiplier in zip(leaves, multipliers, strict=True)
+        ]
+        total, window = (
+            (None, state.window) if value is None else constraint_sum(leaves, state.window)
+        )
         for path, w, rule, scale, multiplier in leaves:
             grad = grads.get(path)
             if grad is None:
-                raise ValueError(f"the updates lack {path_string(path)!r}, which is constrained: give all gradients")
-            grads[path] = (grad + multiplier * rule.violation_grad(w, scale, window)).astype(grad.dtype)
+                raise ValueError(
+                    f"the updates lack {path_string(path)!r}, which is constrained: give all gradients"
+                )
+            grads[path] = (grad + multiplier * rule.violation_grad(w, scale, window)).astype(
+                grad.dtype
+            )
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
         return updates, _end_of_step(state, value, total, steps_per_epoch)
 
@@ -205,18 +252,25 @@ def _start_of_epoch(
     grows = ended & (stalled | (used >= patience))
     window = jnp.where(grows, jnp.asarray(grow(state.window), state.window.dtype), state.window)
 
-    def ascend(due: tuple[jax.Array, PyTree, optax.OptState]) -> tuple[jax.Array, PyTree, optax.OptState]:
+    def ascend(
+        due: tuple[jax.Array, PyTree, optax.OptState],
+    ) -> tuple[jax.Array, PyTree, optax.OptState]:
         _, multipliers, opt_state = due
         old, treedef = jax.tree.leaves(multipliers), jax.tree.structure(multipliers)
         descent = [
             (-leaf.constraint.violation(leaf.weight, leaf.scale, window)).astype(multiplier.dtype)
             for leaf, multiplier in zip(leaves, old, strict=True)
         ]
-        steps, new_opt_state = ascent.update(jax.tree.unflatten(treedef, descent), opt_state, multipliers)
-        new = _cast_like((optax.apply_updates(multipliers, steps), new_opt_state), (multipliers, opt_state))
+        steps, new_opt_state = ascent.update(
+            jax.tree.unflatten(treedef, descent), opt_state, multipliers
+        )
+        new = _cast_like(
+            (optax.apply_updates(multipliers, steps), new_opt_state), (multipliers, opt_state)
+        )
         return jnp.zeros_like(grows), *new
 
-    # A loop of one turn or none: on a GPU some versions of XLA copy all that goes through a conditional, in every step.
+    # A loop of one turn or none: on a GPU some versions of XLA copy all that goes through a
+    # conditional, in every step.
     moves = grows | ~state.started
     due = (moves, state.multipliers, state.multiplier_opt_state)
     with jax.named_scope("move_multipliers"):
@@ -230,11 +284,15 @@ def _start_of_epoch(
         lagrangian_sum=jnp.where(ended, 0, state.lagrangian_sum),
         previous_sum=jnp.where(grows, jnp.inf, previous_sum),
         patience_used=jnp.where(grows, 0, used),
-        multiplier_updates=jnp.where(moves, optax.safe_increment(state.multiplier_updates), state.multiplier_updates),
+        multiplier_updates=jnp.where(
+            moves, optax.safe_increment(state.multiplier_updates), state.multiplier_updates
+        ),
     )
 
 
-def _end_of_step(state: CBPState, value: ArrayLike | None, total: jax.Array | None, steps_per_epoch: ArrayLike) -> CBPState:
+def _end_of_step(
+    state: CBPState, value: ArrayLike | None, total: jax.Array | None, steps_per_epoch: ArrayLike
+) -> CBPState:
     """Adds the step's Lagrangian, the loss plus the constraint's total, to the epoch's, and counts."""
     if value is None or total is None:  # they come together
         total = jnp.array(-jnp.inf, float_dtype())
@@ -249,13 +307,17 @@ def _end_of_step(state: CBPState, value: ArrayLike | None, total: jax.Array | No
         step_in_epoch=jnp.where(position >= steps_per_epoch, 0, position),
         # Once -inf, an epoch stays there; _start_of_epoch does not compare it.
         lagrangian_sum=state.lagrangian_sum + jnp.where(usable, total, -jnp.inf),
-        skipped_values=jnp.where(usable, state.skipped_values, optax.safe_increment(state.skipped_values)),
+        skipped_values=jnp.where(
+            usable, state.skipped_values, optax.safe_increment(state.skipped_values)
+        ),
     )
 
 
 def _pair(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
     if params is None:
-        raise ValueError("cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)")
+        raise ValueError(
+            "cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)"
+        )
     weights = dict(flatten_with_paths(params))
     leaves = pair_with_state(weights, state)
     unknown = weights.keys() - {path for path, _ in state_paths(state)}
@@ -272,9 +334,13 @@ def _default_growth(window: jax.Array) -> jax.Array:
 
 
 def _as_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    axes = () if scale_axis is None else scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
+    axes = (
+        () if scale_axis is None else scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
+    )
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        raise ValueError(f"scale_axis must be an integer, a tuple of them or None, got {scale_axis!r}")
+        raise ValueError(
+            f"scale_axis must be an integer, a tuple of them or None, got {scale_axis!r}"
+        )
     return axes
 
 
@@ -283,17 +349,23 @@ def _as_count(name: str, number: Any) -> Any:
     if isinstance(number, jax.Array):
         return number
     if not isinstance(number, int | float | np.number):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})")
+        raise ValueError(
+            f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})"
+        )
     if not (1 <= number < math.inf and number == math.floor(number)):
         raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
     return min(int(number), 2**31 - 1)
 
 
-def _constraint_rules(constraint: ConstraintSpec) -> list[tuple[re.Pattern[str], Constraint | None]]:
+def _constraint_rules(
+    constraint: ConstraintSpec,
+) -> list[tuple[re.Pattern[str], Constraint | None]]:
     if not isinstance(constraint, Mapping):
         constraint = {r"[\s\S]*": constraint}
     if not constraint:
-        raise ValueError("the mapping of patterns to constraints is empty: give at least one pattern, or a single constraint")
+        raise ValueError(
+            "the mapping of patterns to constraints is empty: give at least one pattern, or a single constraint"
+        )
     resolved = [None if rule is None else get_constraint(rule) for rule in constraint.values()]
     return list(zip(compile_patterns(constraint), resolved, strict=True))
 
@@ -306,7 +378,9 @@ def _assign_constraints(
     flags = resolve_mask(mask, params)
     candidates = {path: leaf for (path, leaf), flag in zip(leaves, flags, strict=True) if flag}
     if candidates:
-        check_patterns([pattern for pattern, _ in rules], [path_string(path) for path in candidates])
+        check_patterns(
+            [pattern for pattern, _ in rules], [path_string(path) for path in candidates]
+        )
     elif leaves and mask is None:
         warnings.warn(
             "cbp constrains nothing: no parameter is floating with at least two axes, but those named as biases, scales, norm "
@@ -325,7 +399,8 @@ def _assign_constraints(
 def _zeros_alike(w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Zeros sharded like `w`."""
     if isinstance(w, jax.core.Tracer):
-        # Under jit plain zeros depend on nothing, so nothing says where they go. These depend on w, as far as XLA can tell.
+        # Under jit plain zeros depend on nothing, so nothing says where they go. These depend on w,
+        # as far as XLA can tell.
         return (jnp.abs(w) < -1).astype(dtype)
     return jnp.zeros_like(w, dtype=dtype)
 

@@ -1,15 +1,17 @@
 """CBP on CIFAR-10 with ResNet-18, whose stem is a 3x3 convolution without pooling.
 
     python experiments/cifar10_resnet18.py --config.phase=pretrain --workdir=runs/cifar_resnet18
-    python experiments/cifar10_resnet18.py --config.pretrained=runs/cifar_resnet18 --config.constraint=binary \\
+    python experiments/cifar10_resnet18.py --config.pretrained=runs/cifar_resnet18
+    --config.constraint=binary \\
         --workdir=runs/cifar_resnet18_binary
 
-The same command resumes a stopped run. For an accelerator: a step is more than ten times the arithmetic of ResNet-20's.
+The same command resumes a stopped run. For an accelerator: a step is more than ten times the
+arithmetic of ResNet-20's.
 """
 
 import ml_collections
 from cifar10_resnet20 import get_config as resnet20_config
-from common import settings
+from common import config as settings
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -21,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common import runner  # slow to import
+    from common.training import run as runner
 
     runner.main("cifar10_resnet18", config, workdir)
 

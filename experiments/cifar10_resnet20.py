@@ -1,15 +1,17 @@
-"""CBP on CIFAR-10 with ResNet-20: pre-trains in full precision, then post-trains under a constraint.
+"""CBP on CIFAR-10 with ResNet-20: pre-trains in full precision, then post-trains under a
+constraint.
 
     python experiments/cifar10_resnet20.py --config.phase=pretrain --workdir=runs/resnet20
-    python experiments/cifar10_resnet20.py --config.pretrained=runs/resnet20 --config.constraint=binary \\
+    python experiments/cifar10_resnet20.py --config.pretrained=runs/resnet20
+    --config.constraint=binary \\
         --workdir=runs/resnet20_binary
 
-The same command resumes a stopped run. Meant for an accelerator; how it was shortened for a CPU is said in
-`experiments/update_readme.py`.
+The same command resumes a stopped run. Meant for an accelerator; how it was shortened for a CPU is
+said in `experiments/update_readme.py`.
 """
 
 import ml_collections
-from common import settings
+from common import config as settings
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -28,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common import runner  # slow to import
+    from common.training import run as runner
 
     runner.main("cifar10_resnet20", config, workdir)
 

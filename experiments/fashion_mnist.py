@@ -1,7 +1,8 @@
 """CBP on Fashion-MNIST: three narrow layers of binary, ternary or power-of-two weights.
 
-Pre-trains a narrow MLP in full precision; then, for each constraint, post-trains it with CBP and, from the same start, with the
-straight-through estimator (STE) alone. The data set is read by TFDS and Grain, as ArrayRecord.
+Pre-trains a narrow MLP in full precision; then, for each constraint, post-trains it with CBP and,
+from the same start, with the straight-through estimator (STE) alone. The data set is read by TFDS
+and Grain, as ArrayRecord.
 
     python experiments/fashion_mnist.py --config.data_dir=DIR
     TFDS_DATA_DIR=DIR python experiments/fashion_mnist.py --config.constraint=binary
@@ -10,7 +11,9 @@ straight-through estimator (STE) alone. The data set is read by TFDS and Grain, 
 import sys
 
 import ml_collections
-from common import data, post_training, settings
+from common import config as settings
+from common import post_training
+from common.input import in_memory as data
 from common.models import SmallMLP
 from flax import nnx
 
@@ -28,7 +31,9 @@ def make_dataset(config: ml_collections.ConfigDict) -> data.Dataset:
 
 
 def make_model(config: ml_collections.ConfigDict) -> SmallMLP:
-    return SmallMLP(num_classes=10, features_in=28 * 28, width=config.width, rngs=nnx.Rngs(config.seed))
+    return SmallMLP(
+        num_classes=10, features_in=28 * 28, width=config.width, rngs=nnx.Rngs(config.seed)
+    )
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:

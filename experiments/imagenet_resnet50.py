@@ -1,23 +1,26 @@
-"""The paper's ResNet-50 on ImageNet: from pre-trained weights to binary, ternary or power-of-two ones.
+"""The paper's ResNet-50 on ImageNet: from pre-trained weights to binary, ternary or power-of-two
+ones.
 
 ResNet-50 v1.5, as torchvision's; the paper starts from torchvision's first weights.
 
     python experiments/imagenet_resnet50.py --config.constraint=binary \\
         --config.pretrained=resnet50.pth --workdir=runs/resnet50_binary
 
-ImageNet is read by TFDS as ArrayRecord (`--config.data_dir=DIR` or TFDS_DATA_DIR), or, with `--config.data=folder`, from
-DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command resumes a stopped run. The accuracies below are the
-paper's, top-1 / top-5; this repository has not reproduced them: that takes ImageNet and days of an accelerator.
+ImageNet is read by TFDS as ArrayRecord (`--config.data_dir=DIR` or TFDS_DATA_DIR), or, with
+`--config.data=folder`, from DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command
+resumes a stopped run. The accuracies below are the paper's, top-1 / top-5; this repository has not
+reproduced them: that takes ImageNet and days of an accelerator.
 """
 
 import sys
 
 import ml_collections
-from common import settings
+from common import config as settings
 
 
 def binary() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth --config.constraint=binary
+    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth
+    --config.constraint=binary
 
     Paper: 74.4 / 92.1 (full precision 76.0 / 93.0).
     """
@@ -25,7 +28,8 @@ def binary() -> ml_collections.ConfigDict:
 
 
 def ternary() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth --config.constraint=ternary
+    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth
+    --config.constraint=ternary
 
     Paper: 75.0 / 92.5 (full precision 76.0 / 93.0).
     """
@@ -33,7 +37,8 @@ def ternary() -> ml_collections.ConfigDict:
 
 
 def one_bit_shift() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth --config.constraint=one_bit_shift
+    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth
+    --config.constraint=one_bit_shift
 
     Paper: 76.0 / 92.9 (full precision 76.0 / 93.0).
     """
@@ -41,14 +46,20 @@ def one_bit_shift() -> ml_collections.ConfigDict:
 
 
 def two_bit_shift() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth --config.constraint=two_bit_shift
+    """python experiments/imagenet_resnet50.py --config.pretrained=resnet50.pth
+    --config.constraint=two_bit_shift
 
     Paper: 75.9 / 92.9 (full precision 76.0 / 93.0).
     """
     return _config("two_bit_shift", learning_rate=1e-4)
 
 
-CONFIGS = {"binary": binary, "ternary": ternary, "one_bit_shift": one_bit_shift, "two_bit_shift": two_bit_shift}
+CONFIGS = {
+    "binary": binary,
+    "ternary": ternary,
+    "one_bit_shift": one_bit_shift,
+    "two_bit_shift": two_bit_shift,
+}
 
 
 def _config(constraint: str, learning_rate: float) -> ml_collections.ConfigDict:
@@ -59,7 +70,9 @@ def _config(constraint: str, learning_rate: float) -> ml_collections.ConfigDict:
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common import runner  # not above: the processes that decode photos import this file too, and need no jax
+    from common.training import (
+        run as runner,  # not above: the processes that decode photos import this file too, and need no jax
+    )
 
     runner.main("imagenet_resnet50", config, workdir)
 

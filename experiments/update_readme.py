@@ -1,16 +1,20 @@
-"""Puts what the runs below `experiments/results` measured into README.md, between the markers of each table.
+"""Puts what the runs below `experiments/results` measured into README.md, between the markers of
+each table.
 
-The runs, on two CPU cores (`seconds` in the summaries says how long each takes); TFDS_DATA_DIR names the folder of Fashion-MNIST
-and CIFAR-10:
+The runs, on two CPU cores (`seconds` in the summaries says how long each takes); TFDS_DATA_DIR
+names the folder of Fashion-MNIST and CIFAR-10:
 
     for seed in 0 1 2; do
-      python experiments/digits.py --config.seed=$seed --workdir=experiments/results/digits/seed$seed
-      python experiments/fashion_mnist.py --config.seed=$seed --workdir=experiments/results/fashion_mnist/seed$seed
+      python experiments/digits.py --config.seed=$seed
+      --workdir=experiments/results/digits/seed$seed python experiments/fashion_mnist.py
+      --config.seed=$seed --workdir=experiments/results/fashion_mnist/seed$seed
     done
-    run() { python experiments/cifar10_resnet20.py --workdir=experiments/results/cifar10_resnet20/$1 "${@:2}"; }
-    run pretrain --config.phase=pretrain --config.steps_per_epoch=100 --config.pretrain_epochs=12 --config.warmup_epochs=2
-    run binary --config.pretrained=experiments/results/cifar10_resnet20/pretrain --config.constraint=binary \\
-        --config.steps_per_epoch=50 --config.epochs=40 --config.patience=1 --config.multiplier_learning_rate=3e-3
+    run() { python experiments/cifar10_resnet20.py --workdir=experiments/results/cifar10_resnet20/$1
+    "${@:2}"; } run pretrain --config.phase=pretrain --config.steps_per_epoch=100
+    --config.pretrain_epochs=12 --config.warmup_epochs=2 run binary
+    --config.pretrained=experiments/results/cifar10_resnet20/pretrain --config.constraint=binary \\
+        --config.steps_per_epoch=50 --config.epochs=40 --config.patience=1
+        --config.multiplier_learning_rate=3e-3
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
     python experiments/update_readme.py
@@ -24,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks import closing, page, timing
 from common.post_training import CONSTRAINTS
-from common.report import Summary, Workdir, format_table
+from common.report.workdir import Summary, Workdir, format_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -46,7 +50,9 @@ def seeds_table(experiment: str) -> str:
                 str(len(summaries)),
             )
         )
-    return format_table(("constraint", "full precision", "STE", "CBP", "CFS / scale, worst", "seeds"), rows)
+    return format_table(
+        ("constraint", "full precision", "STE", "CBP", "CFS / scale, worst", "seeds"), rows
+    )
 
 
 def _spread(accuracies: Sequence[float]) -> str:
@@ -72,11 +78,20 @@ def short_run_table(experiment: str) -> str:
                     f"{epochs[-1]['step']:,} of {config['batch_size']} images",
                 )
             )
-    header = ("constraint", "method", "top-1 before", "after", "CFS / scale, first epoch", "last epoch", "steps")
+    header = (
+        "constraint",
+        "method",
+        "top-1 before",
+        "after",
+        "CFS / scale, first epoch",
+        "last epoch",
+        "steps",
+    )
     return format_table(header, rows)
 
 
-# What the advice on settings rests on: optimizer, multiplier rate, growth of the window; binary weights.
+# What the advice on settings rests on: optimizer, multiplier rate, growth of the window; binary
+# weights.
 _ADVICE = (
     ("SGD, constant", 0.0, ""),
     ("SGD, constant", 1e-3, "+10"),
@@ -92,7 +107,11 @@ _ADVICE = (
 def advice_table() -> str:
     """The rows of the `closing` benchmark that README's advice on settings refers to."""
     rows = json.loads((timing.RESULTS / "closing.json").read_text())["runs"]
-    found = {(row["optimizer"], row["rate"], row["growth"]): row for row in rows if row["constraint"] == "binary"}
+    found = {
+        (row["optimizer"], row["rate"], row["growth"]): row
+        for row in rows
+        if row["constraint"] == "binary"
+    }
     return closing.table([found[key] for key in _ADVICE])
 
 
@@ -119,7 +138,9 @@ def main() -> None:
     for name, table in tables().items():
         text, found = between(name).subn(lambda _, table=table: table + "\n", text)  # type: ignore[misc]
         if not found:
-            raise SystemExit(f"error: README.md has no markers <!-- {name}:begin --> and <!-- {name}:end -->")
+            raise SystemExit(
+                f"error: README.md has no markers <!-- {name}:begin --> and <!-- {name}:end -->"
+            )
     readme.write_text(text)
 
 

@@ -22,7 +22,9 @@ def photos(tmp_path_factory):
             folder = root / split / f"n{label:02d}"
             folder.mkdir(parents=True)
             for index in range(count):
-                Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{index}.JPEG")
+                Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(
+                    folder / f"{index}.JPEG"
+                )
         (root / split / "n00" / "0.JPEG").write_bytes(b"no photo")
     return root
 

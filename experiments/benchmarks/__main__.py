@@ -3,8 +3,9 @@
     cd experiments && TFDS_DATA_DIR=DIR python -m benchmarks
     cd experiments && python -m benchmarks --only=optimizer_step,scaling --authors=CLONE
 
-On a CPU the whole training step is that of a ResNet-20 on small images; on an accelerator that of ResNet-50 at batch 256 in
-bfloat16. It takes about an hour, most of it for the runs of `multiplier_state`; nothing else should run beside it.
+On a CPU the whole training step is that of a ResNet-20 on small images; on an accelerator that of
+ResNet-50 at batch 256 in bfloat16. It takes about an hour, most of it for the runs of
+`multiplier_state`; nothing else should run beside it.
 """
 
 import subprocess
@@ -20,10 +21,23 @@ _SMALL_NETWORK = (
 # On an accelerator a step takes microseconds, so more of them are timed together.
 _MANY = {"optimizer_step": "--steps=50", "forward_quantize": "--calls=50", "scaling": "--steps=10"}
 _WITH_AUTHORS = ("optimizer_step", "forward_quantize")
-NAMES = ("optimizer_step", "forward_quantize", "scaling", "train_step", "compiled", "multiplier_state")
+NAMES = (
+    "optimizer_step",
+    "forward_quantize",
+    "scaling",
+    "train_step",
+    "compiled",
+    "multiplier_state",
+)
 
-_ONLY = flags.DEFINE_list("only", list(NAMES), "Those to run; an empty list writes the page from the results that are there.")
-_AUTHORS = flags.DEFINE_string("authors", "", "A clone of the authors' repository, dooseokjeong/CBP; needs torch.")
+_ONLY = flags.DEFINE_list(
+    "only",
+    list(NAMES),
+    "Those to run; an empty list writes the page from the results that are there.",
+)
+_AUTHORS = flags.DEFINE_string(
+    "authors", "", "A clone of the authors' repository, dooseokjeong/CBP; needs torch."
+)
 
 
 def commands(name: str, accelerator: bool) -> list[list[str]]:
@@ -46,7 +60,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--only={','.join(sorted(unknown))} is none of {', '.join(NAMES)}")
     # In a process of its own, or it would keep the device's memory from those that are timed.
     ask = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
-    accelerator = bool(wanted) and subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() != "cpu"
+    accelerator = (
+        bool(wanted)
+        and subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() != "cpu"
+    )
     failed = []
     for name in wanted:
         for arguments in commands(name, accelerator):
@@ -56,7 +73,9 @@ def main(argv: list[str]) -> None:
                 failed.append(" ".join(command[2:]))
     page.write()
     if failed:
-        sys.exit(f"error: these failed, and the page has what was there before: {'; '.join(failed)}")
+        sys.exit(
+            f"error: these failed, and the page has what was there before: {'; '.join(failed)}"
+        )
 
 
 if __name__ == "__main__":

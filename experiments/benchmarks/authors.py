@@ -1,8 +1,10 @@
-"""The step of the authors' PyTorch code (dooseokjeong/CBP), from a clone of it, on the tensors of our benchmarks.
+"""The step of the authors' PyTorch code (dooseokjeong/CBP), from a clone of it, on the tensors of
+our benchmarks.
 
-Nothing of theirs is here: their `module.py` is imported from the clone. What their training loop does to the weights in a step is
-called as it calls it: the constraint of every layer, the sum of the Lagrangian, the backward pass through both, the clipping of
-gradients, the optimizer, the clamp. The gradient of the loss is given, as in ours.
+Nothing of theirs is here: their `module.py` is imported from the clone. What their training loop
+does to the weights in a step is called as it calls it: the constraint of every layer, the sum of
+the Lagrangian, the backward pass through both, the clipping of gradients, the optimizer, the clamp.
+The gradient of the loss is given, as in ours.
 """
 
 import importlib.util
@@ -27,7 +29,9 @@ def load(clone: str) -> ModuleType:
 
     path = pathlib.Path(clone) / "module.py"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no module.py in {clone}: give a clone of dooseokjeong/CBP")
+        raise FileNotFoundError(
+            f"there is no module.py in {clone}: give a clone of dooseokjeong/CBP"
+        )
     if not torch.cuda.is_available():
         tensor_class: Any = torch.Tensor
         tensor_class.cuda = lambda self, *args, **kwargs: self
@@ -42,7 +46,10 @@ def load(clone: str) -> ModuleType:
 def _to_torch(tree: PyTree) -> list[Any]:
     import torch
 
-    return [torch.from_numpy(np.array(leaf)).to("cuda" if torch.cuda.is_available() else "cpu") for leaf in jax.tree.leaves(tree)]
+    return [
+        torch.from_numpy(np.array(leaf)).to("cuda" if torch.cuda.is_available() else "cpu")
+        for leaf in jax.tree.leaves(tree)
+    ]
 
 
 def _wait() -> None:
@@ -63,8 +70,14 @@ def steps(
 
     def make(constraint: str | None) -> Callable[[], list[Any]]:
         tensors, gradients = _to_torch(params), _to_torch(grads)
-        optimizer = torch.optim.SGD(tensors, lr=1e-3, momentum=0.9, weight_decay=0.0 if constraint is None else 1e-4)
-        chosen = [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag] if constraint else []
+        optimizer = torch.optim.SGD(
+            tensors, lr=1e-3, momentum=0.9, weight_decay=0.0 if constraint is None else 1e-4
+        )
+        chosen = (
+            [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag]
+            if constraint
+            else []
+        )
         layer = module.QLinear(2, 2, mode=_MODES[constraint]) if constraint else None
         scales = [tensor.abs().mean().reshape(1) for tensor in chosen]
         multipliers = [torch.full_like(tensor, 1e-3) for tensor in chosen]
@@ -77,7 +90,9 @@ def steps(
             if layer is not None:
                 total = torch.zeros(1, device=tensors[0].device)
                 for w, scale, multiplier in zip(chosen, scales, multipliers, strict=True):
-                    violation = module.constraint.apply(w, scale, layer.factor, layer.b, 1 - 1 / _WINDOW)
+                    violation = module.constraint.apply(
+                        w, scale, layer.factor, layer.b, 1 - 1 / _WINDOW
+                    )
                     total = total + (violation * multiplier).sum()
                 total.backward()
                 torch.nn.utils.clip_grad_value_(tensors, clip_value=1)
@@ -93,15 +108,23 @@ def steps(
 
         return run
 
-    return {PLAIN: make(None)} | {f"their step, {constraint}": make(constraint) for constraint in constraints}
+    return {PLAIN: make(None)} | {
+        f"their step, {constraint}": make(constraint) for constraint in constraints
+    }
 
 
-def quantizers(clone: str, params: PyTree, mask: PyTree, constraints: Iterable[str]) -> dict[str, Callable[[], None]]:
+def quantizers(
+    clone: str, params: PyTree, mask: PyTree, constraints: Iterable[str]
+) -> dict[str, Callable[[], None]]:
     """Their forward quantizer on all constrained tensors, under each constraint."""
     import torch
 
     module = load(clone)
-    chosen = [tensor for tensor, flag in zip(_to_torch(params), jax.tree.leaves(mask), strict=True) if flag]
+    chosen = [
+        tensor
+        for tensor, flag in zip(_to_torch(params), jax.tree.leaves(mask), strict=True)
+        if flag
+    ]
     scales = [tensor.abs().mean().reshape(1) for tensor in chosen]
 
     def make(constraint: str) -> Callable[[], None]:

@@ -1,9 +1,11 @@
-"""How the constraint closes under other learning rates, multiplier rates and window growths: an MLP on scikit-learn's digits.
+"""How the constraint closes under other learning rates, multiplier rates and window growths: an MLP
+on scikit-learn's digits.
 
     cd experiments && python -m benchmarks.closing
 
-From the same pre-trained weights, with as many steps each; the schedule has 60 multiplier updates. A multiplier rate of 0 is the
-straight-through estimator alone. Nothing is timed. Writes `results/closing.json` and `.md`.
+From the same pre-trained weights, with as many steps each; the schedule has 60 multiplier updates.
+A multiplier rate of 0 is the straight-through estimator alone. Nothing is timed. Writes
+`results/closing.json` and `.md`.
 """
 
 import itertools
@@ -17,8 +19,8 @@ import numpy as np
 import optax
 from absl import app, flags
 from benchmarks import timing
-from common import data
-from common.report import format_table
+from common.input import in_memory as data
+from common.report.workdir import format_table
 
 import cbp_jax
 
@@ -56,13 +58,21 @@ class Digits(NamedTuple):
 def load() -> Digits:
     digits = data.load_digits()
     flat = (digits.train_images.reshape(-1, WIDTHS[0]), digits.test_images.reshape(-1, WIDTHS[0]))
-    return Digits(jnp.asarray(flat[0]), jnp.asarray(digits.train_labels), jnp.asarray(flat[1]), jnp.asarray(digits.test_labels))
+    return Digits(
+        jnp.asarray(flat[0]),
+        jnp.asarray(digits.train_labels),
+        jnp.asarray(flat[1]),
+        jnp.asarray(digits.test_labels),
+    )
 
 
 def initial(key: jax.Array) -> PyTree:
     keys = jax.random.split(key, len(WIDTHS) - 1)
     return {
-        f"layer{i}": {"kernel": jax.random.normal(keys[i], (n, m)) * jnp.sqrt(2 / n), "bias": jnp.zeros(m)}
+        f"layer{i}": {
+            "kernel": jax.random.normal(keys[i], (n, m)) * jnp.sqrt(2 / n),
+            "bias": jnp.zeros(m),
+        }
         for i, (n, m) in enumerate(itertools.pairwise(WIDTHS))
     }
 
@@ -79,21 +89,32 @@ def accuracy(digits: Digits, params: PyTree) -> jax.Array:
 
 
 def train(
-    digits: Digits, params: PyTree, optimizer: optax.GradientTransformationExtraArgs, steps: int, key: jax.Array, constrained: bool
+    digits: Digits,
+    params: PyTree,
+    optimizer: optax.GradientTransformationExtraArgs,
+    steps: int,
+    key: jax.Array,
+    constrained: bool,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """The weights after the last step; of a constrained run also CFS / scale on the way and the accuracies at the end."""
 
-    def step(carry: tuple[PyTree, PyTree], index: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
+    def step(
+        carry: tuple[PyTree, PyTree], index: jax.Array
+    ) -> tuple[tuple[PyTree, PyTree], jax.Array]:
         params, state = carry
 
         def loss_fn(weights: PyTree) -> jax.Array:
             logits = forward(weights, digits.x[index])
             return optax.softmax_cross_entropy_with_integer_labels(logits, digits.y[index]).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(cbp_jax.quantize(params, state) if constrained else params)
+        loss, grads = jax.value_and_grad(loss_fn)(
+            cbp_jax.quantize(params, state) if constrained else params
+        )
         updates, state = optimizer.update(grads, state, params, value=loss)
         params = optax.apply_updates(params, updates)
-        score = cbp_jax.constraint_failure_score(params, state, relative=True) if constrained else loss
+        score = (
+            cbp_jax.constraint_failure_score(params, state, relative=True) if constrained else loss
+        )
         return (params, state), score
 
     batches = jax.random.randint(key, (steps, BATCH), 0, len(digits.y))
@@ -101,7 +122,10 @@ def train(
     if not constrained:
         return params, {}
     quarters = [steps * n // 4 - 1 for n in (1, 2, 3, 4)]
-    ends = {"quantized": accuracy(digits, cbp_jax.quantize(params, state)), "latent": accuracy(digits, params)}
+    ends = {
+        "quantized": accuracy(digits, cbp_jax.quantize(params, state)),
+        "latent": accuracy(digits, params),
+    }
     return params, ends | {"cfs": scores[jnp.array(quarters)]}
 
 
@@ -110,13 +134,22 @@ def measure(steps: int, seeds: int) -> list[dict[str, Any]]:
     digits, keys = load(), jax.random.split(jax.random.key(0), (2, seeds))
 
     def pretrain(key: jax.Array) -> PyTree:
-        return train(digits, initial(key), optax.with_extra_args_support(optax.adam(3e-3)), max(steps // 2, 1), key, False)[0]
+        return train(
+            digits,
+            initial(key),
+            optax.with_extra_args_support(optax.adam(3e-3)),
+            max(steps // 2, 1),
+            key,
+            False,
+        )[0]
 
     pretrained = jax.jit(jax.vmap(pretrain))(keys[0])
     before = jax.vmap(lambda params: accuracy(digits, params))(pretrained)
     rows = []
     mask = cbp_jax.select(exclude=["layer0/.*", f"layer{len(WIDTHS) - 2}/.*"])
-    for (name, make), growth, constraint, rate in itertools.product(OPTIMIZERS.items(), GROWTHS, CONSTRAINTS, RATES):
+    for (name, make), growth, constraint, rate in itertools.product(
+        OPTIMIZERS.items(), GROWTHS, CONSTRAINTS, RATES
+    ):
         if not rate and growth != next(iter(GROWTHS)):
             continue  # without multipliers the window changes nothing
         link = cbp_jax.cbp(
@@ -133,7 +166,12 @@ def measure(steps: int, seeds: int) -> list[dict[str, Any]]:
             return train(digits, params, optimizer, steps, key, True)[1]
 
         ends = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(pretrained, keys[1]))
-        row = {"optimizer": name, "growth": growth if rate else "", "constraint": constraint, "rate": rate}
+        row = {
+            "optimizer": name,
+            "growth": growth if rate else "",
+            "constraint": constraint,
+            "rate": rate,
+        }
         rows.append(
             row
             | {"full_precision": before.tolist()}

@@ -1,10 +1,12 @@
-"""What XLA makes of the optimizer's step on ResNet-50: kernels, memory traffic, copies; for a CPU, a GPU and a TPU.
+"""What XLA makes of the optimizer's step on ResNet-50: kernels, memory traffic, copies; for a CPU,
+a GPU and a TPU.
 
     cd experiments && python -m benchmarks.compiled
 
-XLA compiles for an accelerator without one where its compiler is installed: `pip install "jax[cuda12]"` for an H100-class GPU (with
-JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 where there is no driver), `pip install libtpu` for a TPU v4. Others are left out, and the page
-says so. This counts; it does not time. Writes `results/compiled.json` and `.md`.
+XLA compiles for an accelerator without one where its compiler is installed: `pip install
+"jax[cuda12]"` for an H100-class GPU (with JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 where there is no
+driver), `pip install libtpu` for a TPU v4. Others are left out, and the page says so. This counts;
+it does not time. Writes `results/compiled.json` and `.md`.
 """
 
 import os
@@ -18,7 +20,7 @@ import optax
 from absl import app, flags
 from benchmarks import timing, weights
 from benchmarks.steps import make_step
-from common.report import format_table
+from common.report.workdir import format_table
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -29,20 +31,45 @@ CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
 _GPU = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+    fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin:
+    232448
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size:
+    84978434048
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_ITEM_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 # What moves no data of its own.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id", "moving"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "iota",
+    "after-all",
+    "partition-id",
+    "moving",
+}
 
 _WHERE = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "To compile for.")
 
@@ -66,7 +93,14 @@ def entry(text: str) -> list[Instruction]:
             name, shape, operation, rest = match.groups()
             if operation == "while" and "move_multipliers" in line:
                 operation = "moving"  # a loop of one turn now and then, in most steps of none
-            found.append(Instruction(name, operation, shape_bytes(shape), re.findall(r"%([\w.\-]+)", rest.split("), ")[0])))
+            found.append(
+                Instruction(
+                    name,
+                    operation,
+                    shape_bytes(shape),
+                    re.findall(r"%([\w.\-]+)", rest.split("), ")[0]),
+                )
+            )
     return found
 
 
@@ -85,10 +119,21 @@ def describe(compiled: Any, weight_bytes: int, smallest: int) -> dict[str, float
     """Kernels, words read and written for each parameter, copies of tensors, and temporary memory."""
     instructions = entry(compiled.as_text())
     size = {instruction.name: instruction.bytes for instruction in instructions}
-    working = [i for i in instructions if i.operation not in _FREE and not i.operation.endswith(("-start", "-done"))]
-    kernels = [i for i in working if i.bytes > 64 or i.operation in ("fusion", "reduce", "custom-call", "while")]
+    working = [
+        i
+        for i in instructions
+        if i.operation not in _FREE and not i.operation.endswith(("-start", "-done"))
+    ]
+    kernels = [
+        i
+        for i in working
+        if i.bytes > 64 or i.operation in ("fusion", "reduce", "custom-call", "while")
+    ]
     # A loop hands on what it was given, so only its operands are read.
-    moved = sum((0 if i.operation == "while" else i.bytes) + sum(size.get(name, 0) for name in i.operands) for i in kernels)
+    moved = sum(
+        (0 if i.operation == "while" else i.bytes) + sum(size.get(name, 0) for name in i.operands)
+        for i in kernels
+    )
     return {
         "kernels": len(kernels),
         "loops": sum(i.operation == "while" for i in kernels),
@@ -104,7 +149,9 @@ def device_of(platform: str) -> Any:
         return jax.devices("cpu")[0]
     try:
         if platform == "cuda":
-            return topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=_GPU).devices[0]
+            return topologies.get_topology_desc(
+                "1x1x1", "cuda", topology="1x1x1", target_config=_GPU
+            ).devices[0]
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -116,7 +163,9 @@ def device_of(platform: str) -> Any:
 
 def _placed(tree: Any, device: Any) -> Any:
     on = SingleDeviceSharding(device)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), tree)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), tree
+    )
 
 
 def measure() -> dict[str, Any]:
@@ -125,11 +174,20 @@ def measure() -> dict[str, Any]:
     sgd = optax.sgd(1e-3, momentum=0.9)
     ternary = optax.chain(cbp_jax.cbp("ternary", mask=mask), sgd)
     steps: dict[str, tuple[Any, bool]] = {"SGD with momentum": (sgd, False)}
-    steps |= {f"chain, {name}": (optax.chain(cbp_jax.cbp(name, mask=mask), sgd), True) for name in CONSTRAINTS}
+    steps |= {
+        f"chain, {name}": (optax.chain(cbp_jax.cbp(name, mask=mask), sgd), True)
+        for name in CONSTRAINTS
+    }
     recipe = cbp_jax.cbp_sgd(1e-3, "ternary", mask=mask)
-    steps |= {"chain, ternary, without the sum": (ternary, False), "cbp_sgd, ternary": (recipe, True)}
+    steps |= {
+        "chain, ternary, without the sum": (ternary, False),
+        "cbp_sgd, ternary": (recipe, True),
+    }
     leaves = jax.tree.leaves(shapes)
-    total, smallest = timing.tree_bytes(shapes), min(4 * leaf.size for leaf in leaves if leaf.ndim > 1)
+    total, smallest = (
+        timing.tree_bytes(shapes),
+        min(4 * leaf.size for leaf in leaves if leaf.ndim > 1),
+    )
     rows: dict[str, dict[str, Any]] = {}
     for platform in _WHERE.value:
         device = device_of(platform)
@@ -137,9 +195,16 @@ def measure() -> dict[str, Any]:
             continue
         rows[platform] = {}
         for name, (optimizer, with_value) in steps.items():
-            args = (shapes, jax.eval_shape(optimizer.init, shapes), shapes, jax.ShapeDtypeStruct((), jnp.float32))
+            args = (
+                shapes,
+                jax.eval_shape(optimizer.init, shapes),
+                shapes,
+                jax.ShapeDtypeStruct((), jnp.float32),
+            )
             args = _placed(args, device)
-            rows[platform][name] = describe(make_step(optimizer, with_value).lower(*args).compile(), total, smallest)
+            rows[platform][name] = describe(
+                make_step(optimizer, with_value).lower(*args).compile(), total, smallest
+            )
     return {"jax": jax.__version__, "parameters": len(leaves), "platforms": rows}
 
 

@@ -1,9 +1,11 @@
-"""How many photos a second does a core decode, and turn into training and evaluation images, with which library?
+"""How many photos a second does a core decode, and turn into training and evaluation images, with
+which library?
 
     cd experiments && python -m benchmarks.decoders --data_dir=DIR
 
-DIR is a TFDS folder with `imagenet2012` or a folder tree `train/<class>/*.JPEG`. One process, one thread, processor time; the
-candidates take turns, so that other load meets them all, and the medians count. Writes `results/decoders.json` and `.md`.
+DIR is a TFDS folder with `imagenet2012` or a folder tree `train/<class>/*.JPEG`. One process, one
+thread, processor time; the candidates take turns, so that other load meets them all, and the
+medians count. Writes `results/decoders.json` and `.md`.
 """
 
 import importlib.metadata
@@ -21,19 +23,25 @@ import cv2
 import numpy as np
 import simplejpeg
 from absl import app, flags
-from common import photos
-from common.sources import FolderSource, Source, TfdsSource
+from common.input import decode as photos
+from common.input.sources import FolderSource, Source, TfdsSource
 from PIL import Image
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "simplejpeg")
-SHORT_SIDES = (None, 375, 750)  # of the photos; None: as they are. 375 is usual in ImageNet, and some photos are far larger
+SHORT_SIDES = (
+    None,
+    375,
+    750,
+)  # of the photos; None: as they are. 375 is usual in ImageNet, and some photos are far larger
 SIZE, RESIZE = 224, 256
 BILINEAR = Image.Resampling.BILINEAR
 OURS = "simplejpeg scaled + OpenCV"
 OURS_EVAL = "simplejpeg + Pillow"
 
-Decode = Callable[[bytes, float], np.ndarray]  # the file and the factor by which it may be decoded smaller, at least 1
+Decode = Callable[
+    [bytes, float], np.ndarray
+]  # the file and the factor by which it may be decoded smaller, at least 1
 
 
 def pillow(data: bytes, factor: float) -> np.ndarray:
@@ -51,8 +59,15 @@ def opencv(data: bytes, factor: float) -> np.ndarray:
 
 
 def opencv_scaled(data: bytes, factor: float) -> np.ndarray:
-    flags_of = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
-    return _opencv(data, flags_of[max(possible for possible in flags_of if possible <= max(factor, 1))])
+    flags_of = {
+        1: cv2.IMREAD_COLOR,
+        2: cv2.IMREAD_REDUCED_COLOR_2,
+        4: cv2.IMREAD_REDUCED_COLOR_4,
+        8: cv2.IMREAD_REDUCED_COLOR_8,
+    }
+    return _opencv(
+        data, flags_of[max(possible for possible in flags_of if possible <= max(factor, 1))]
+    )
 
 
 def _opencv(data: bytes, how: int) -> np.ndarray:
@@ -79,7 +94,9 @@ DECODERS: dict[str, Decode] = {
 }
 
 
-def train_transform(decode: Decode, resizer: str) -> Callable[[bytes, np.random.Generator], np.ndarray]:
+def train_transform(
+    decode: Decode, resizer: str
+) -> Callable[[bytes, np.random.Generator], np.ndarray]:
     """Random crop and flip with a decoder and "Pillow" or "OpenCV" for the resizing."""
 
     def transform(data: bytes, rng: np.random.Generator) -> np.ndarray:
@@ -90,20 +107,25 @@ def train_transform(decode: Decode, resizer: str) -> Callable[[bytes, np.random.
         down, across = pixels.shape[0] / height, pixels.shape[1] / width
         crop = np.ascontiguousarray(
             pixels[
-                round(top * down) : round((top + crop_height) * down), round(left * across) : round((left + crop_width) * across)
+                round(top * down) : round((top + crop_height) * down),
+                round(left * across) : round((left + crop_width) * across),
             ]
         )
         if resizer == "Pillow":
             resized = np.asarray(Image.fromarray(crop).resize((SIZE, SIZE), BILINEAR))
         else:
             area = min(crop.shape[:2]) >= SIZE
-            resized = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+            resized = cv2.resize(
+                crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR
+            )
         return np.ascontiguousarray(resized[:, ::-1]) if flip else resized
 
     return transform
 
 
-def eval_transform(decode: Decode, resizer: str) -> Callable[[bytes, np.random.Generator], np.ndarray]:
+def eval_transform(
+    decode: Decode, resizer: str
+) -> Callable[[bytes, np.random.Generator], np.ndarray]:
     """Resize and centre crop with a decoder and "Pillow" or "OpenCV" for the resizing."""
 
     def transform(data: bytes, rng: np.random.Generator) -> np.ndarray:
@@ -115,7 +137,11 @@ def eval_transform(decode: Decode, resizer: str) -> Callable[[bytes, np.random.G
             resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), BILINEAR))
         else:
             area = min(pixels.shape[:2]) >= RESIZE
-            resized = cv2.resize(pixels, (new_width, new_height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+            resized = cv2.resize(
+                pixels,
+                (new_width, new_height),
+                interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR,
+            )
         top, left = round((new_height - SIZE) / 2), round((new_width - SIZE) / 2)
         return resized[top : top + SIZE, left : left + SIZE]
 
@@ -139,10 +165,16 @@ def candidates() -> dict[str, dict[str, Candidate]]:
                 evaluate[f"{name} + {resizer}"] = eval_transform(decode, resizer)
     train[OURS] = lambda data, rng: photos.decode_train(data, rng, SIZE)
     evaluate[OURS_EVAL] = lambda data, rng: photos.decode_eval(data, RESIZE, SIZE)
-    return {"decode": {name: half(decode) for name, decode in DECODERS.items()}, "train": train, "eval": evaluate}
+    return {
+        "decode": {name: half(decode) for name, decode in DECODERS.items()},
+        "train": train,
+        "eval": evaluate,
+    }
 
 
-def measure(functions: Mapping[str, Candidate], files: list[bytes], repetitions: int) -> dict[str, float]:
+def measure(
+    functions: Mapping[str, Candidate], files: list[bytes], repetitions: int
+) -> dict[str, float]:
     """Images per second of processor time, median over the repetitions."""
     speeds: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions):
@@ -155,14 +187,22 @@ def measure(functions: Mapping[str, Candidate], files: list[bytes], repetitions:
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def differences(functions: Mapping[str, Candidate], files: list[bytes]) -> dict[str, tuple[int, float]]:
+def differences(
+    functions: Mapping[str, Candidate], files: list[bytes]
+) -> dict[str, tuple[int, float]]:
     """Greatest and mean difference of evaluation images to those of Pillow alone, in levels of 256."""
     rng = np.random.default_rng(0)
     reference = [functions["Pillow + Pillow"](data, rng).astype(int) for data in files]
     found = {}
     for name, function in functions.items():
-        gaps = [np.abs(function(data, rng) - expected) for data, expected in zip(files, reference, strict=True)]
-        found[name] = (max(int(gap.max()) for gap in gaps), float(np.mean([gap.mean() for gap in gaps])))
+        gaps = [
+            np.abs(function(data, rng) - expected)
+            for data, expected in zip(files, reference, strict=True)
+        ]
+        found[name] = (
+            max(int(gap.max()) for gap in gaps),
+            float(np.mean([gap.mean() for gap in gaps])),
+        )
     return found
 
 
@@ -170,7 +210,9 @@ def enlarged(data: bytes, short_side: int) -> bytes:
     """The photo with another shorter side, as JPEG of quality 90."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     factor = short_side / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC
+    )
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
@@ -180,7 +222,10 @@ def cpu_model() -> str:
     """The processor's name."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
@@ -211,7 +256,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             for name, speed in rows.items():
                 chosen = name == {"train": OURS, "eval": OURS_EVAL}.get(task)
                 row = f"| **{name}** | **{speed:.0f}** |" if chosen else f"| {name} | {speed:.0f} |"
-                lines.append(row + (" {}, {:.2f} |".format(*sizes["difference"][name]) if is_eval else ""))
+                lines.append(
+                    row + (" {}, {:.2f} |".format(*sizes["difference"][name]) if is_eval else "")
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -220,7 +267,11 @@ def main(argv: list[str]) -> None:
     del argv
     data_dir, count, repetitions = flags.FLAGS.data_dir, flags.FLAGS.photos, flags.FLAGS.repetitions
     is_tree = data_dir and os.path.isdir(os.path.join(data_dir, "train"))
-    source: Source = FolderSource(data_dir, "train") if is_tree else TfdsSource("imagenet2012", "train", data_dir)
+    source: Source = (
+        FolderSource(data_dir, "train")
+        if is_tree
+        else TfdsSource("imagenet2012", "train", data_dir)
+    )
     originals = [source[i * len(source) // count].image for i in range(count)]
     cv2.setNumThreads(1)
     sizes = []
@@ -230,11 +281,16 @@ def main(argv: list[str]) -> None:
         tasks = candidates()
         sizes.append(
             {
-                "name": f"enlarged to a shorter side of {short_side}" if short_side else "as they are",
+                "name": f"enlarged to a shorter side of {short_side}"
+                if short_side
+                else "as they are",
                 "height": statistics.mean(height for height, _ in shapes),
                 "width": statistics.mean(width for _, width in shapes),
                 "kilobytes": statistics.mean(len(data) for data in files) / 1000,
-                "images_per_second": {task: measure(functions, files, repetitions) for task, functions in tasks.items()},
+                "images_per_second": {
+                    task: measure(functions, files, repetitions)
+                    for task, functions in tasks.items()
+                },
                 "difference": differences(tasks["eval"], files),
             }
         )
@@ -253,7 +309,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data_dir", None, "TFDS folder, or folder tree; TFDS_DATA_DIR if not given.")
+    flags.DEFINE_string(
+        "data_dir", None, "TFDS folder, or folder tree; TFDS_DATA_DIR if not given."
+    )
     flags.DEFINE_integer("photos", 48, "How many photos.", lower_bound=1)
     flags.DEFINE_integer("repetitions", 7, "How many passes over them.", lower_bound=1)
     app.run(main)

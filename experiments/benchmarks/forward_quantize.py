@@ -1,7 +1,9 @@
-"""`quantize` on the parameters of ResNet-50, against a copy of the same arrays with the sign changed.
+"""`quantize` on the parameters of ResNet-50, against a copy of the same arrays with the sign
+changed.
 
     cd experiments && python -m benchmarks.forward_quantize
-    cd experiments && python -m benchmarks.forward_quantize --authors=CLONE     # dooseokjeong/CBP; needs torch
+    cd experiments && python -m benchmarks.forward_quantize --authors=CLONE     # dooseokjeong/CBP;
+    needs torch
 
 Writes `results/forward_quantize.json` and `.md`.
 """
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from benchmarks import authors, timing, weights
-from common.report import format_table
+from common.report.workdir import format_table
 
 import cbp_jax
 
@@ -25,7 +27,9 @@ CONSTRAINTS = (
 )
 
 _AUTHORS = flags.DEFINE_string("authors", "", "A clone of the authors' repository.")
-_CALLS = flags.DEFINE_integer("calls", 2, "Calls timed together; more where one takes microseconds.")
+_CALLS = flags.DEFINE_integer(
+    "calls", 2, "Calls timed together; more where one takes microseconds."
+)
 _TURNS = flags.DEFINE_integer("turns", 15, "Of each candidate.")
 
 
@@ -66,7 +70,10 @@ def measure() -> dict[str, Any]:
 
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The results as a page."""
-    rows = [(name, f"{row['milliseconds']:.2f}", f"{row['over_copy']:.2f}") for name, row in results["candidates"].items()]
+    rows = [
+        (name, f"{row['milliseconds']:.2f}", f"{row['over_copy']:.2f}")
+        for name, row in results["candidates"].items()
+    ]
     return (
         "# The forward weights of ResNet-50\n"
         f"`cbp_jax.quantize` on 25.6 million parameters, {timing.described(results)}; medians of {results['turns']} turns of "

@@ -1,9 +1,11 @@
-"""What running from packed weights saves in memory, and what it costs in time: expanded at load, or unpacked at every call.
+"""What running from packed weights saves in memory, and what it costs in time: expanded at load, or
+unpacked at every call.
 
     cd experiments && python -m benchmarks.inference_memory
 
-Memory is what the compiled function says (`memory_analysis()`): its arguments, which are the weights and the input, and what it
-needs besides while it runs. Times are medians of calls that take turns. Writes `results/inference_memory.json` and `.md`.
+Memory is what the compiled function says (`memory_analysis()`): its arguments, which are the
+weights and the input, and what it needs besides while it runs. Times are medians of calls that take
+turns. Writes `results/inference_memory.json` and `.md`.
 """
 
 import json
@@ -16,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from common import models, train
-from common.report import format_table
+from common import models
+from common.report.workdir import format_table
 from flax import nnx
 
 import cbp_jax
@@ -45,7 +47,10 @@ def dense_stack() -> Case:
     """Square layers, one after another."""
     keys = jax.random.split(jax.random.key(0), _LAYERS.value)
     width = _WIDTH.value
-    params = {f"layer{i}": jax.random.normal(key, (width, width)) / width**0.5 for i, key in enumerate(keys)}
+    params = {
+        f"layer{i}": jax.random.normal(key, (width, width)) / width**0.5
+        for i, key in enumerate(keys)
+    }
 
     def forward(params: PyTree, x: jax.Array) -> jax.Array:
         for i in range(_LAYERS.value):
@@ -60,7 +65,7 @@ def resnet18() -> Case:
     """With random weights; the first and the last layer, and batch normalization, in float32."""
     model = models.create("resnet18", rngs=nnx.Rngs(0))
     model.eval()
-    graphdef, params, batch_stats = train.split_model(model)
+    graphdef, params, batch_stats = models.split_model(model)
     optimizer = cbp_jax.cbp("ternary", mask=cbp_jax.select(include=model.constrained))
     tree = {**params, "batch_stats": batch_stats}
 
@@ -85,13 +90,18 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
         EXPAND: predict(),
         "expand, bfloat16": predict(dtype=jnp.bfloat16),
         "packed": predict(weights="packed"),
-        "packed, jax.jit without the flag": jax.tree_util.Partial(jax.jit(plain), jax.device_put(case.packed)),
+        "packed, jax.jit without the flag": jax.tree_util.Partial(
+            jax.jit(plain), jax.device_put(case.packed)
+        ),
     }
     rows, compiled = {}, {}
     for name, function in candidates.items():
         compiled[name] = function.func.lower(*function.args, case.x).compile()
         memory = compiled[name].memory_analysis()
-        rows[name] = {"arguments": memory.argument_size_in_bytes / 2**20, "temporary": memory.temp_size_in_bytes / 2**20}
+        rows[name] = {
+            "arguments": memory.argument_size_in_bytes / 2**20,
+            "temporary": memory.temp_size_in_bytes / 2**20,
+        }
         compiled[name](*function.args, case.x)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(_REPETITIONS.value):
@@ -101,7 +111,9 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
             seconds[name].append(time.perf_counter() - started)
     for name, times in seconds.items():
         rows[name]["milliseconds"] = 1000 * statistics.median(times)
-        rows[name]["over"] = statistics.median(a / b for a, b in zip(times, seconds[EXPAND], strict=True))
+        rows[name]["over"] = statistics.median(
+            a / b for a, b in zip(times, seconds[EXPAND], strict=True)
+        )
     return rows
 
 
@@ -137,12 +149,16 @@ def main(argv: list[str]) -> None:
         "jax": jax.__version__,
         "repetitions": _REPETITIONS.value,
         "cases": {
-            f"{_LAYERS.value} dense layers of {_WIDTH.value} x {_WIDTH.value}": measure(dense_stack()),
+            f"{_LAYERS.value} dense layers of {_WIDTH.value} x {_WIDTH.value}": measure(
+                dense_stack()
+            ),
             f"ResNet-18, {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value} pixels": measure(resnet18()),
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "inference_memory.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (RESULTS / "inference_memory.json").write_text(
+        json.dumps(results, indent=1, allow_nan=False) + "\n"
+    )
     (RESULTS / "inference_memory.md").write_text(as_markdown(results))
     print(as_markdown(results))
 

@@ -1,10 +1,13 @@
-"""How fast are networks with integer weights in ONNX Runtime, and how exact? Against float32 there, and in JAX.
+"""How fast are networks with integer weights in ONNX Runtime, and how exact? Against float32 there,
+and in JAX.
 
     cd experiments && python -m benchmarks.onnx_runtime
-    cd experiments && python -m benchmarks.onnx_runtime --tiny    # a test of this script, which writes nothing without --out
+    cd experiments && python -m benchmarks.onnx_runtime --tiny    # a test of this script, which
+    writes nothing without --out
 
-On the CPU, with as many threads as the libraries take by themselves. Weights are random, on ternary levels. The variants take
-turns, so that other load meets them all, and the medians count. Writes `results/onnx_runtime.json` and `.md`.
+On the CPU, with as many threads as the libraries take by themselves. Weights are random, on ternary
+levels. The variants take turns, so that other load meets them all, and the medians count. Writes
+`results/onnx_runtime.json` and `.md`.
 """
 
 import importlib.metadata
@@ -25,8 +28,8 @@ import numpy as np
 import onnxruntime
 from absl import app, flags
 from benchmarks.decoders import cpu_model
-from common import models, train
-from common.report import format_table
+from common import models
+from common.report.workdir import format_table
 from flax import nnx
 
 import cbp_jax
@@ -43,9 +46,13 @@ SLOWER, FASTER = 1.05, 0.95  # times of float32's; what lies between counts as e
 LEAST_ROUNDS = 3
 WARM_UP = 0.1  # seconds before each timed run, and at least one run
 
-_SECONDS = flags.DEFINE_float("seconds", 30, f"Of rounds for a case and batch; there are at least {LEAST_ROUNDS} of them.")
+_SECONDS = flags.DEFINE_float(
+    "seconds", 30, f"Of rounds for a case and batch; there are at least {LEAST_ROUNDS} of them."
+)
 _TINY = flags.DEFINE_bool("tiny", False, "Small sizes and few rounds, to test this script.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the results; if not given `results`, or with --tiny none.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder for the results; if not given `results`, or with --tiny none."
+)
 
 
 class Case(NamedTuple):
@@ -63,9 +70,13 @@ class Case(NamedTuple):
 class Chain(nnx.Module):
     """Dense layers with what follows them in networks."""
 
-    def __init__(self, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool):
+    def __init__(
+        self, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool
+    ):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(width, width, use_bias=bias, rngs=rngs) for _ in range(3)])
+        self.layers = nnx.List(
+            [nnx.Linear(width, width, use_bias=bias, rngs=rngs) for _ in range(3)]
+        )
         self.norms = nnx.List([nnx.BatchNorm(width, rngs=rngs) if norm else None for _ in range(3)])
         self.activation = activation
 
@@ -85,11 +96,13 @@ CHAINS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool, bool]] = {
 }
 
 
-def chain(name: str, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool) -> Case:
+def chain(
+    name: str, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool
+) -> Case:
     """Three dense layers one after another."""
     model = Chain(width, activation, bias, norm)
     model.eval()
-    graphdef, params, batch_stats = train.split_model(model)
+    graphdef, params, batch_stats = models.split_model(model)
 
     def forward(params: PyTree, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, batch_stats)(x)
@@ -106,19 +119,25 @@ class Measured(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """What is measured."""
-    features, width, channels, image, photo = (64, 32, 8, 8, 32) if _TINY.value else (4096, 2048, 256, 28, 224)
+    features, width, channels, image, photo = (
+        (64, 32, 8, 8, 32) if _TINY.value else (4096, 2048, 256, 28, 224)
+    )
 
     def dense(params: PyTree, x: jax.Array) -> jax.Array:
         return x @ params["kernel"]
 
     params = {"kernel": jax.random.normal(jax.random.key(0), (features, features))}
-    yield Case(f"dense {features}x{features}", dense, dense, params, None, (features,), multiplies=True)
+    yield Case(
+        f"dense {features}x{features}", dense, dense, params, None, (features,), multiplies=True
+    )
 
     for name, (activation, bias, norm) in CHAINS.items():
         yield chain(f"three dense layers of {width}, {name}", width, activation, bias, norm)
 
     def convolution(params: PyTree, x: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     params = {"kernel": jax.random.normal(jax.random.key(1), (3, 3, channels, channels))}
     name = f"3x3 convolution, {channels} channels, {image}x{image}"
@@ -126,17 +145,21 @@ def cases() -> Iterator[Case]:
 
     model = models.create("resnet18", rngs=nnx.Rngs(0))
     model.eval()
-    graphdef, weights, batch_stats = train.split_model(model)
+    graphdef, weights, batch_stats = models.split_model(model)
 
     def network(params: PyTree, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, batch_stats)(x)
 
-    yield Case(f"ResNet-18, {photo}x{photo}", model, network, weights, model.constrained, (photo, photo, 3))
+    yield Case(
+        f"ResNet-18, {photo}x{photo}", model, network, weights, model.constrained, (photo, photo, 3)
+    )
 
 
 def variants(case: Case, folder: pathlib.Path) -> dict[str, Measured]:
     """The variants of a case by name; the ONNX files are written to the folder."""
-    opt_state = cbp_jax.cbp("ternary", mask=cbp_jax.select(include=case.constrained)).init(case.params)
+    opt_state = cbp_jax.cbp("ternary", mask=cbp_jax.select(include=case.constrained)).init(
+        case.params
+    )
     example = jax.random.normal(jax.random.key(2), (2, *case.shape))
 
     def in_onnx(weight_type: str, options: Sequence[Mapping[str, str]]) -> list[Measured]:
@@ -152,14 +175,17 @@ def variants(case: Case, folder: pathlib.Path) -> dict[str, Measured]:
     weights = cbp_jax.quantize(case.params, opt_state)
     forward = jax.jit(case.forward)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    found[JAX] = Measured(size, lambda x: lambda: np.asarray(forward(weights, x)))  # as an array of NumPy, to wait for it
+    found[JAX] = Measured(
+        size, lambda x: lambda: np.asarray(forward(weights, x))
+    )  # as an array of NumPy, to wait for it
     return found
 
 
 def _session(path: pathlib.Path, config: Mapping[str, str]) -> Callable[[jax.Array], Run]:
     """Loads an ONNX file."""
     options = onnxruntime.SessionOptions()
-    # Threads that still wait actively for their next task would take time from the variant whose turn comes next.
+    # Threads that still wait actively for their next task would take time from the variant whose
+    # turn comes next.
     for key, value in {"session.force_spinning_stop": "1", **config}.items():
         options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -180,7 +206,9 @@ def measure(found: Mapping[str, Measured], x: jax.Array, seconds: float) -> dict
     for rounds in itertools.count():
         if rounds >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
             break
-        random.Random(rounds).shuffle(order)  # a variant leaves the next one its cache, and threads that come to rest late
+        random.Random(rounds).shuffle(
+            order
+        )  # a variant leaves the next one its cache, and threads that come to rest late
         for name in order:
             turn = time.perf_counter()
             while (before := time.perf_counter()) < turn + WARM_UP:
@@ -193,9 +221,14 @@ def measure(found: Mapping[str, Measured], x: jax.Array, seconds: float) -> dict
             name: {
                 "bytes": found[name].bytes,
                 "milliseconds": 1000 * statistics.median(times[name]),
-                # A round's own float32 is the measure of the others in it: load that comes and goes then cancels.
-                "over_float32": statistics.median(a / b for a, b in zip(times[name], times[FLOAT], strict=True)),
-                "difference": float(np.max(np.abs(outputs[name] - outputs[JAX])) / np.max(np.abs(outputs[JAX]))),
+                # A round's own float32 is the measure of the others in it: load that comes and goes
+                # then cancels.
+                "over_float32": statistics.median(
+                    a / b for a, b in zip(times[name], times[FLOAT], strict=True)
+                ),
+                "difference": float(
+                    np.max(np.abs(outputs[name] - outputs[JAX])) / np.max(np.abs(outputs[JAX]))
+                ),
             }
             for name in runs
         },
@@ -229,7 +262,11 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     equal = "as fast as float32"
     places: dict[str, list[str]] = {slower: [], faster: [], equal: []}
     for entry in results["measured"]:
-        ratios = {name: row["over_float32"] for name, row in entry["variants"].items() if name not in (FLOAT, JAX)}
+        ratios = {
+            name: row["over_float32"]
+            for name, row in entry["variants"].items()
+            if name not in (FLOAT, JAX)
+        }
         for verdict, found in places.items():
             here = [
                 f"{name} {ratio:.2f}"
@@ -238,7 +275,10 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
             ]
             if here:
                 found.append(f"{entry['case']}, batch {entry['batch']} ({', '.join(here)})")
-    return [f"Integer weights are {verdict} for: {'; '.join(found) or 'none'}." for verdict, found in places.items()]
+    return [
+        f"Integer weights are {verdict} for: {'; '.join(found) or 'none'}."
+        for verdict, found in places.items()
+    ]
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
@@ -266,9 +306,17 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             for name, row in entry["variants"].items()
         ]
         table = format_table(("weights", "MB", "ms", "time over float32", "difference"), rows)
-        lines += ["", f"## {entry['case']}, batch {entry['batch']} ({entry['rounds']} rounds)", "", table]
+        lines += [
+            "",
+            f"## {entry['case']}, batch {entry['batch']} ({entry['rounds']} rounds)",
+            "",
+            table,
+        ]
     lines += ["", "## Slower or faster", "", *(f"- {sentence}" for sentence in verdicts(results))]
-    return "\n".join([*lines, "", "The figures are of this run on this machine; others may differ."]) + "\n"
+    return (
+        "\n".join([*lines, "", "The figures are of this run on this machine; others may differ."])
+        + "\n"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -280,7 +328,9 @@ def main(argv: list[str]) -> None:
     if out:
         folder = pathlib.Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "onnx_runtime.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        (folder / "onnx_runtime.json").write_text(
+            json.dumps(results, indent=1, allow_nan=False) + "\n"
+        )
         (folder / "onnx_runtime.md").write_text(as_markdown(results))
     print(as_markdown(results))
 

@@ -1,11 +1,14 @@
-"""The optimizer's step on the parameters of ResNet-50: plain SGD with momentum, and CBP before it, under every constraint.
+"""The optimizer's step on the parameters of ResNet-50: plain SGD with momentum, and CBP before it,
+under every constraint.
 
     cd experiments && python -m benchmarks.optimizer_step
-    cd experiments && python -m benchmarks.optimizer_step --authors=CLONE     # dooseokjeong/CBP; needs torch
+    cd experiments && python -m benchmarks.optimizer_step --authors=CLONE     # dooseokjeong/CBP;
+    needs torch
 
-A step is `optimizer.update` and `optax.apply_updates`, jitted, its parameters and state donated; each is timed with the loss, and
-without it, which leaves out the Lagrangian's sum. Memory and compile time are those of the compiled step. With the authors' code
-the same tensors go through its constraint function and its optimizer, as its training loop calls them, in turns with ours. Writes
+A step is `optimizer.update` and `optax.apply_updates`, jitted, its parameters and state donated;
+each is timed with the loss, and without it, which leaves out the Lagrangian's sum. Memory and
+compile time are those of the compiled step. With the authors' code the same tensors go through its
+constraint function and its optimizer, as its training loop calls them, in turns with ours. Writes
 `results/optimizer_step.json` and `.md`.
 """
 
@@ -18,9 +21,9 @@ import optax
 from absl import app, flags
 from benchmarks import authors, timing, weights
 from benchmarks.steps import Step
-from common import settings
-from common.optimizers import multiplier_options
-from common.report import format_table
+from common import config as settings
+from common.report.workdir import format_table
+from common.training.optimizers import multiplier_options
 
 import cbp_jax
 
@@ -28,7 +31,9 @@ PLAIN = "SGD with momentum"
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
 
 _AUTHORS = flags.DEFINE_string("authors", "", "A clone of the authors' repository.")
-_STEPS = flags.DEFINE_integer("steps", 2, "Steps timed together; more where a step takes microseconds.")
+_STEPS = flags.DEFINE_integer(
+    "steps", 2, "Steps timed together; more where a step takes microseconds."
+)
 _TURNS = flags.DEFINE_integer("turns", 15, "Of each candidate.")
 
 
@@ -55,11 +60,16 @@ def measure() -> dict[str, Any]:
     shapes, mask = weights.resnet50()
     grads = weights.random(shapes, seed=1)
     params = weights.random(shapes, seed=0)
-    steps = {name: Step(optimizer, params, grads, with_value, _STEPS.value) for name, optimizer, with_value in optimizers(mask)}
+    steps = {
+        name: Step(optimizer, params, grads, with_value, _STEPS.value)
+        for name, optimizer, with_value in optimizers(mask)
+    }
     candidates: dict[str, Any] = dict(steps)
     theirs = {}
     if _AUTHORS.value:
-        theirs = authors.steps(_AUTHORS.value, params, grads, mask(shapes), CONSTRAINTS, _STEPS.value)
+        theirs = authors.steps(
+            _AUTHORS.value, params, grads, mask(shapes), CONSTRAINTS, _STEPS.value
+        )
     seconds = timing.take_turns(candidates | theirs, _TURNS.value)
     rows: dict[str, dict[str, float]] = {}
     for name, times in seconds.items():
@@ -71,9 +81,15 @@ def measure() -> dict[str, Any]:
         }
         if name in steps:
             step = steps[name]
-            rows[name] |= {"state": step.state_bytes, "peak": step.peak_bytes, "compile_seconds": step.compile_seconds}
+            rows[name] |= {
+                "state": step.state_bytes,
+                "peak": step.peak_bytes,
+                "compile_seconds": step.compile_seconds,
+            }
     chosen = jax.tree.leaves(mask(shapes))
-    constrained = sum(leaf.size for leaf, flag in zip(jax.tree.leaves(shapes), chosen, strict=True) if flag)
+    constrained = sum(
+        leaf.size for leaf, flag in zip(jax.tree.leaves(shapes), chosen, strict=True) if flag
+    )
     return timing.environment() | {
         "weights": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "constrained": constrained,
@@ -101,20 +117,27 @@ def as_markdown(results: Mapping[str, Any]) -> str:
                 )
             )
         else:
-            theirs.append((name, f"{row['milliseconds']:.1f}", f"{row['over_plain']:.1f}", f"{row['over_ours']:.1f}"))
+            theirs.append(
+                (
+                    name,
+                    f"{row['milliseconds']:.1f}",
+                    f"{row['over_plain']:.1f}",
+                    f"{row['over_ours']:.1f}",
+                )
+            )
     parts = [
         "# The optimizer's step on ResNet-50\n"
         f"{results['weights']:,} parameters, {results['constrained']:,} of them constrained, {timing.described(results)}; medians "
         f"of {results['turns']} turns of {results['steps']} steps. Copies: what the state has beyond plain's, over the constrained "
         "weights in float32. Peak: arguments, results and temporary memory of the compiled step, gradients among them. By "
         "`python -m benchmarks.optimizer_step`.",
-        format_table(("optimizer", "ms", "time over plain", "copies", "peak, MiB", "compile, s"), ours),
+        format_table(
+            ("optimizer", "ms", "time over plain", "copies", "peak, MiB", "compile, s"), ours
+        ),
     ]
     if theirs:
         header = ("the authors' code", "ms", "time over its own plain", "time over our plain")
-        said = (
-            "The authors' PyTorch code, in turns with the above. Their step clips, decays and clamps, as their training loop does."
-        )
+        said = "The authors' PyTorch code, in turns with the above. Their step clips, decays and clamps, as their training loop does."
         parts += [said, format_table(header, theirs)]
     return "\n\n".join(parts) + "\n"
 

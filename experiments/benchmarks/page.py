@@ -5,13 +5,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from common.report import format_table
+from common.report.workdir import format_table
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 PLAIN = "SGD with momentum"
 _DEFAULT, _LIGHT = "Adam, float32", "capped, bfloat16"  # settings of multiplier_state
-# In the order of the page; with the endings that `timing.suffix` gives, where an accelerator was measured too.
+# In the order of the page; with the endings that `timing.suffix` gives, where an accelerator was
+# measured too.
 _PAGES = (
     *("optimizer_step", "optimizer_step_gpu", "optimizer_step_tpu"),
     *("forward_quantize", "forward_quantize_gpu", "forward_quantize_tpu"),
@@ -23,19 +24,22 @@ _NOT_MEASURED = "not measured"
 
 _WHY = """
 ## Above the floor, and why
-- **The optimizer's step.** Plain SGD with momentum has to read and write 5 words for each weight, CBP 6: 1.2 times plain is the
-  floor, and what XLA makes for a GPU moves little more ("words" under "What XLA makes of the optimizer's step" below). On a CPU
-  it has one loop for the momentum and another for the weights, so plain moves 6 words and CBP 8; the rest is arithmetic.
-  `cbp_sgd` does more than either: it decays and clips, and keeps weights in their box.
-- **The Lagrangian's sum on a CPU** reads weights and multipliers once more: XLA's CPU compiler cannot add up while it writes. It is
-  done in blocks whose sums stay in the cache. On a GPU and a TPU it is part of the one kernel of each tensor. Without a `value`
-  there is no sum, and patience alone moves the window.
-- **Multipliers in bfloat16 on a CPU** save memory, but not time where there is a sum: XLA's CPU compiler cannot slice 16-bit
-  floats, and makes float32 ones of them first.
-- **The loop that moves the multipliers** has one turn every few epochs and none in the steps between, and copies nothing. It is
-  why a step takes longer to compile: it is a second set of loops.
-- **On a GPU** the step has a dozen kernels more than plain SGD, for scalars, the sum of the rows and that loop. What
-  their launches cost is not measured.
+- **The optimizer's step.** Plain SGD with momentum has to read and write 5 words for each weight,
+  CBP 6: 1.2 times plain is the floor, and what XLA makes for a GPU moves little more ("words" under
+  "What XLA makes of the optimizer's step" below). On a CPU it has one loop for the momentum and
+  another for the weights, so plain moves 6 words and CBP 8; the rest is arithmetic. `cbp_sgd` does
+  more than either: it decays and clips, and keeps weights in their box.
+- **The Lagrangian's sum on a CPU** reads weights and multipliers once more: XLA's CPU compiler
+  cannot add up while it writes. It is done in blocks whose sums stay in the cache. On a GPU and a
+  TPU it is part of the one kernel of each tensor. Without a `value` there is no sum, and patience
+  alone moves the window.
+- **Multipliers in bfloat16 on a CPU** save memory, but not time where there is a sum: XLA's CPU
+  compiler cannot slice 16-bit floats, and makes float32 ones of them first.
+- **The loop that moves the multipliers** has one turn every few epochs and none in the steps
+  between, and copies nothing. It is why a step takes longer to compile: it is a second set of
+  loops.
+- **On a GPU** the step has a dozen kernels more than plain SGD, for scalars, the sum of the rows
+  and that loop. What their launches cost is not measured.
 """
 
 
@@ -55,15 +59,31 @@ def _step(name: str, wanted: Callable[[str], bool]) -> str:
     results = _read(name)
     if results is None:
         return _NOT_MEASURED
-    return _range([row["over_plain"] for key, row in results["candidates"].items() if "state" in row and wanted(key)])
+    return _range(
+        [
+            row["over_plain"]
+            for key, row in results["candidates"].items()
+            if "state" in row and wanted(key)
+        ]
+    )
 
 
 def _sum_alone() -> str:
     results = _read("optimizer_step")
     if results is None:
         return _NOT_MEASURED
-    rows = {key: row["over_plain"] for key, row in results["candidates"].items() if key.startswith("chain") and "light" not in key}
-    return _range([rows[key.removesuffix(", without the sum")] - over for key, over in rows.items() if key.endswith("sum")])
+    rows = {
+        key: row["over_plain"]
+        for key, row in results["candidates"].items()
+        if key.startswith("chain") and "light" not in key
+    }
+    return _range(
+        [
+            rows[key.removesuffix(", without the sum")] - over
+            for key, over in rows.items()
+            if key.endswith("sum")
+        ]
+    )
 
 
 def _copies(wanted: Callable[[str], bool]) -> str:
@@ -71,7 +91,13 @@ def _copies(wanted: Callable[[str], bool]) -> str:
     if results is None:
         return _NOT_MEASURED
     rows, plain = results["candidates"], results["candidates"][PLAIN]["state"]
-    return _range([(row["state"] - plain) / (4 * results["constrained"]) for key, row in rows.items() if wanted(key)])
+    return _range(
+        [
+            (row["state"] - plain) / (4 * results["constrained"])
+            for key, row in rows.items()
+            if wanted(key)
+        ]
+    )
 
 
 def _quantize(name: str) -> str:
@@ -86,7 +112,9 @@ def _train(network: str) -> str:
     results = _read(f"train_step_{network}")
     if results is None:
         return _NOT_MEASURED
-    return _range([over for method, over in results["time_over_plain"].items() if method != "plain"])
+    return _range(
+        [over for method, over in results["time_over_plain"].items() if method != "plain"]
+    )
 
 
 def _accuracy(experiment: str) -> str:
@@ -107,23 +135,41 @@ def aims() -> str:
     """The table of what was aimed at and what was measured."""
 
     def summed(key: str) -> bool:
-        return key.startswith(("chain", "cbp_sgd")) and not key.endswith("sum") and "light" not in key
+        return (
+            key.startswith(("chain", "cbp_sgd")) and not key.endswith("sum") and "light" not in key
+        )
 
     def unsummed(key: str) -> bool:
         return key.endswith("without the sum") and "light" not in key
 
     rows = [
-        ("optimizer step over plain SGD, CPU, without the sum", "1.8", _step("optimizer_step", unsummed)),
+        (
+            "optimizer step over plain SGD, CPU, without the sum",
+            "1.8",
+            _step("optimizer_step", unsummed),
+        ),
         ("the same, with the sum", "", _step("optimizer_step", summed)),
         ("the sum alone", "", _sum_alone()),
         ("optimizer step over plain SGD, GPU", "1.3", _step("optimizer_step_gpu", summed)),
         ("`quantize` over a copy of the weights, CPU", "1", _quantize("forward_quantize")),
         ("the same, GPU", "1", _quantize("forward_quantize_gpu")),
         ("training step over plain, ResNet-20, CPU", "", _train("resnet20")),
-        ("training step over plain, ResNet-50, batch 256, bfloat16, accelerator", "1.02", _train("resnet50")),
+        (
+            "training step over plain, ResNet-50, batch 256, bfloat16, accelerator",
+            "1.02",
+            _train("resnet50"),
+        ),
         ("copies of the constrained weights in the state, default", "3.0", _copies(summed)),
-        ("the same, light setting, float32 and bfloat16", "1.0", _copies(lambda key: "light" in key)),
-        ("accuracy of the light setting in bfloat16 over the default, digits", "0", _accuracy("digits")),
+        (
+            "the same, light setting, float32 and bfloat16",
+            "1.0",
+            _copies(lambda key: "light" in key),
+        ),
+        (
+            "accuracy of the light setting in bfloat16 over the default, digits",
+            "0",
+            _accuracy("digits"),
+        ),
         ("the same, Fashion-MNIST", "0", _accuracy("fashion_mnist")),
     ]
     return format_table(("", "at most, or aim", "measured"), rows)
@@ -146,7 +192,12 @@ def write() -> None:
     for name in _PAGES:
         path = RESULTS / f"{name}.md"
         if path.is_file():
-            parts.append("\n".join(f"#{line}" if line.startswith("#") else line for line in path.read_text().strip().splitlines()))
+            parts.append(
+                "\n".join(
+                    f"#{line}" if line.startswith("#") else line
+                    for line in path.read_text().strip().splitlines()
+                )
+            )
     parts.append(
         "## Other benchmarks\nOf deployment and of reading data, each with its own command: [packed weights in JAX](results/"
         "inference_memory.md), [ONNX Runtime](results/onnx_runtime.md), [decoders of photos](results/decoders.md)."

@@ -1,10 +1,12 @@
-"""The cost of CBP in the optimizer's step against the number of weights, and against the number of devices.
+"""The cost of CBP in the optimizer's step against the number of weights, and against the number of
+devices.
 
     cd experiments && python -m benchmarks.scaling
 
-Plain SGD with momentum and, before it, ternary CBP on square matrices: from a million weights to as many as memory holds, four
-times as many each; then 16 million on 1, 2, 4 and 8 devices, each with all of them or with its share. On a CPU the devices are
-virtual and share its cores, so only the ratio says something. Writes `results/scaling.json` and `.md`.
+Plain SGD with momentum and, before it, ternary CBP on square matrices: from a million weights to as
+many as memory holds, four times as many each; then 16 million on 1, 2, 4 and 8 devices, each with
+all of them or with its share. On a CPU the devices are virtual and share its cores, so only the
+ratio says something. Writes `results/scaling.json` and `.md`.
 """
 
 import statistics
@@ -17,8 +19,8 @@ import optax
 from absl import app, flags
 from benchmarks import timing, weights
 from benchmarks.steps import Step
-from common import preflight
-from common.report import format_table
+from common.report.workdir import format_table
+from common.training import preflight
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,11 +29,16 @@ import cbp_jax
 PLAIN, CBP, WITHOUT_SUM = "SGD with momentum", "CBP", "CBP, without the sum"
 _SMALLEST = 2**20
 _SHARED = 2**24
-# Float32 numbers a weight: of three steps weights and momentum, of two multipliers and two moments, and gradients and a start.
+# Float32 numbers a weight: of three steps weights and momentum, of two multipliers and two moments,
+# and gradients and a start.
 _WORDS = 3 * 2 + 2 * 3 + 2
 
-_LARGEST = flags.DEFINE_integer("largest", 0, "Weights at most; 0: as many as fit the device's free memory.")
-_STEPS = flags.DEFINE_integer("steps", 2, "Steps timed together; more where a step takes microseconds.")
+_LARGEST = flags.DEFINE_integer(
+    "largest", 0, "Weights at most; 0: as many as fit the device's free memory."
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", 2, "Steps timed together; more where a step takes microseconds."
+)
 _TURNS = flags.DEFINE_integer("turns", 9, "Of each candidate.")
 
 
@@ -43,7 +50,10 @@ def compare(shapes: Any, sharding: Any = None) -> dict[str, float]:
     sgd = optax.sgd(1e-3, momentum=0.9)
     chain = optax.chain(cbp_jax.cbp("ternary"), sgd)
     given = {PLAIN: (sgd, False), CBP: (chain, True), WITHOUT_SUM: (chain, False)}
-    candidates = {name: Step(optimizer, params, grads, value, _STEPS.value) for name, (optimizer, value) in given.items()}
+    candidates = {
+        name: Step(optimizer, params, grads, value, _STEPS.value)
+        for name, (optimizer, value) in given.items()
+    }
     del params
     seconds = timing.take_turns(candidates, _TURNS.value)
     return {
@@ -51,13 +61,17 @@ def compare(shapes: Any, sharding: Any = None) -> dict[str, float]:
         "cbp_milliseconds": 1000 * statistics.median(seconds[CBP]) / _STEPS.value,
         "over_plain": timing.ratio(seconds, CBP, PLAIN),
         "without_sum_over_plain": timing.ratio(seconds, WITHOUT_SUM, PLAIN),
-        "state_copies": candidates[CBP].state_bytes / (4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))) - 1,
+        "state_copies": candidates[CBP].state_bytes
+        / (4 * sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+        - 1,
     }
 
 
 def measure() -> dict[str, Any]:
     """By size, on one device; by devices, in both layouts."""
-    sharing = jax.local_device_count() if jax.devices()[0].platform == "cpu" else 1  # virtual devices have one memory
+    sharing = (
+        jax.local_device_count() if jax.devices()[0].platform == "cpu" else 1
+    )  # virtual devices have one memory
     most = _LARGEST.value or sharing * preflight.memory_there() // (4 * _WORDS)
     sizes = {}
     count = _SMALLEST
@@ -91,7 +105,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     sizes = [(f"{int(count):,}", *cells(row)) for count, row in results["sizes"].items()]
     devices = [(str(row["devices"]), row["layout"], *cells(row)) for row in results["by_devices"]]
     virtual = (
-        " These are virtual and share the cores of one CPU: only the ratio says something." if results["platform"] == "cpu" else ""
+        " These are virtual and share the cores of one CPU: only the ratio says something."
+        if results["platform"] == "cpu"
+        else ""
     )
     return (
         "# The optimizer's step against the number of weights and of devices\n"

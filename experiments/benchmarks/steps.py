@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from benchmarks import timing
-from common import preflight
+from common.training import preflight
 
 PyTree = Any
 
@@ -16,7 +16,9 @@ def make_step(optimizer: optax.GradientTransformation, with_value: bool) -> Any:
     """(params, state, grads, loss) -> (params, state), jitted, the first two donated."""
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(params: PyTree, state: PyTree, grads: PyTree, loss: jax.Array) -> tuple[PyTree, PyTree]:
+    def step(
+        params: PyTree, state: PyTree, grads: PyTree, loss: jax.Array
+    ) -> tuple[PyTree, PyTree]:
         extra = {"value": loss} if with_value else {}
         updates, state = optimizer.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
@@ -35,14 +37,23 @@ class Step:
       count: steps of a call.
     """
 
-    def __init__(self, optimizer: optax.GradientTransformation, params: PyTree, grads: PyTree, with_value: bool, count: int):
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        params: PyTree,
+        grads: PyTree,
+        with_value: bool,
+        count: int,
+    ):
         self._params = jax.tree.map(jnp.copy, params)
         self._state = optimizer.init(self._params)
         self._rest = (grads, jnp.float32(1))
         self._count = count
         self.state_bytes = timing.tree_bytes(self._state)
         started = time.perf_counter()
-        self._step = make_step(optimizer, with_value).lower(self._params, self._state, *self._rest).compile()
+        self._step = (
+            make_step(optimizer, with_value).lower(self._params, self._state, *self._rest).compile()
+        )
         self.compile_seconds = time.perf_counter() - started
         self.peak_bytes = preflight.memory_needed(self._step)
 

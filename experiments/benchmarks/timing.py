@@ -1,7 +1,8 @@
 """What the benchmarks share: candidates that take turns, and results as JSON and as a page.
 
-Machines are shared and noisy, so a time means something beside another of the same run only. In every turn each candidate runs
-once; the ratio of two candidates is the median over turns of their ratio in a turn, so that load which comes and goes cancels.
+Machines are shared and noisy, so a time means something beside another of the same run only. In
+every turn each candidate runs once; the ratio of two candidates is the median over turns of their
+ratio in a turn, so that load which comes and goes cancels.
 """
 
 import json
@@ -17,7 +18,9 @@ import jax
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def take_turns(candidates: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]], turns: int
+) -> dict[str, list[float]]:
     """Seconds of each candidate in each turn. A candidate does its work and returns what to wait for."""
     for candidate in candidates.values():
         jax.block_until_ready(candidate())  # warm

@@ -1,11 +1,12 @@
 """Images a second of a whole training step: plain SGD with momentum against CBP, in one run.
 
-    cd experiments && python -m benchmarks.train_step                      # ResNet-50, batch 256, bfloat16: for an accelerator
-    cd experiments && python -m benchmarks.train_step --network=resnet20 --num_classes=10 --image_size=32 --batch_size=64 \\
+    cd experiments && python -m benchmarks.train_step                      # ResNet-50, batch 256,
+    bfloat16: for an accelerator cd experiments && python -m benchmarks.train_step
+      --network=resnet20 --num_classes=10 --image_size=32 --batch_size=64 \\
         --dtype=float32 --steps=3 --repetitions=5
 
-The batch is on the device; the candidates take turns, so that other load meets them all, and the medians count. Writes
-`results/train_step_NETWORK.json` and `.md`.
+The batch is on the device; the candidates take turns, so that other load meets them all, and the
+medians count. Writes `results/train_step_NETWORK.json` and `.md`.
 """
 
 import statistics
@@ -17,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from benchmarks import timing
-from common import images, models, optimizers, preflight, settings, train
-from common.report import format_table
+from common import config as settings
+from common import models
+from common.input import augment as images
+from common.report.workdir import format_table
+from common.training import optimizers, preflight
+from common.training import step as train
 from flax import nnx
 
 import cbp_jax
@@ -43,11 +48,14 @@ class Candidate:
         config.phase = "pretrain" if method == PLAIN else "post_train"
         dtype = jnp.dtype(_DTYPE.value)
         model = models.create(_NETWORK.value, _NUM_CLASSES.value, dtype=dtype, rngs=nnx.Rngs(0))
-        graphdef, params, batch_stats = train.split_model(model)
+        graphdef, params, batch_stats = models.split_model(model)
         if method == PLAIN:
             optimizer, weights_fn = optimizers.pretraining(config, 1000), train.latent
         else:
-            optimizer, weights_fn = optimizers.post_training(config, 1000, model.constrained), cbp_jax.quantize
+            optimizer, weights_fn = (
+                optimizers.post_training(config, 1000, model.constrained),
+                cbp_jax.quantize,
+            )
 
         def preprocess(batch: train.Batch, key: jax.Array) -> jax.Array:
             del key
@@ -83,7 +91,10 @@ def measure() -> dict[str, Any]:
         "dtype": _DTYPE.value,
         "steps": _STEPS.value,
         "repetitions": _REPETITIONS.value,
-        "images_per_second": {method: count * _STEPS.value / statistics.median(times) for method, times in seconds.items()},
+        "images_per_second": {
+            method: count * _STEPS.value / statistics.median(times)
+            for method, times in seconds.items()
+        },
         "time_over_plain": {method: timing.ratio(seconds, method, PLAIN) for method in seconds},
         "gib": {method: candidate.bytes / 2**30 for method, candidate in candidates.items()},
     }
@@ -92,7 +103,12 @@ def measure() -> dict[str, Any]:
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The results as a page."""
     rows = [
-        (method, f"{rate:.1f}", f"{results['time_over_plain'][method]:.3f}", f"{results['gib'][method]:.2f}")
+        (
+            method,
+            f"{rate:.1f}",
+            f"{results['time_over_plain'][method]:.3f}",
+            f"{results['gib'][method]:.2f}",
+        )
         for method, rate in results["images_per_second"].items()
     ]
     table = format_table(("step", "images/s", "time over plain", "GiB"), rows)

@@ -14,12 +14,18 @@ import optax
 from flax import nnx
 
 import cbp_jax
-from common import checkpoints, deploy, figures, models, monitor, optimizers, progress, report, train
-from common.data import Dataset, padded_batches, shuffled_batches
+from common import models
+from common.input.in_memory import Dataset, padded_batches, shuffled_batches
+from common.report import deploy, figures
+from common.report import workdir as report
+from common.training import checkpoints, optimizers, progress
+from common.training import metrics as monitor
+from common.training import step as train
 
 PyTree = Any
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
-# The weights are shown midway when CFS / scale has come down to this share of what it was after the first epoch.
+# The weights are shown midway when CFS / scale has come down to this share of what it was after the
+# first epoch.
 _MIDWAY = 0.5
 
 
@@ -57,7 +63,8 @@ def run(
     dataset: Dataset,
     model: models.SmallConvNet | models.SmallMLP,
 ) -> list[report.Summary]:
-    """Pre-trains, post-trains under the constraint of the config or under all four, and prints the table.
+    """Pre-trains, post-trains under the constraint of the config or under all four, and prints the
+    table.
 
     Args:
       experiment: its name, for the summary.
@@ -69,14 +76,23 @@ def run(
     Returns:
       One summary per constraint.
     """
-    names = CONSTRAINTS if config.constraint == "all" else (cbp_jax.get_constraint(config.constraint).name,)
+    names = (
+        CONSTRAINTS
+        if config.constraint == "all"
+        else (cbp_jax.get_constraint(config.constraint).name,)
+    )
     root = report.Workdir(workdir)
     root.write_config(config)
-    print(f"{experiment}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images")
+    print(
+        f"{experiment}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
+    )
 
     job, params, batch_stats = make_job(experiment, config, dataset, model)
     pretrained, full_precision = pretrain(job, params, batch_stats)
-    checkpoints.save(root.checkpoints / "pretrained", {"params": pretrained.params, "batch_stats": pretrained.batch_stats})
+    checkpoints.save(
+        root.checkpoints / "pretrained",
+        {"params": pretrained.params, "batch_stats": pretrained.batch_stats},
+    )
 
     summaries = []
     for name in names:
@@ -90,11 +106,18 @@ def run(
 
 
 def make_job(
-    experiment: str, config: ml_collections.ConfigDict, dataset: Dataset, model: models.SmallConvNet | models.SmallMLP
+    experiment: str,
+    config: ml_collections.ConfigDict,
+    dataset: Dataset,
+    model: models.SmallConvNet | models.SmallMLP,
 ) -> tuple[Job, PyTree, PyTree]:
     """What the runs have in common, and the model's parameters and batch statistics."""
-    graphdef, params, batch_stats = train.split_model(model)
-    return Job(experiment, config, dataset, graphdef, cbp_jax.select(include=model.constrained)), params, batch_stats
+    graphdef, params, batch_stats = models.split_model(model)
+    return (
+        Job(experiment, config, dataset, graphdef, cbp_jax.select(include=model.constrained)),
+        params,
+        batch_stats,
+    )
 
 
 def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.TrainState, float]:
@@ -102,11 +125,15 @@ def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.Train
     config = job.config
     steps = config.pretrain_epochs * config.steps_per_epoch
     optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: jax.tree.map(lambda w: w.ndim >= 2, tree)),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda tree: jax.tree.map(lambda w: w.ndim >= 2, tree)
+        ),
         optax.sgd(optax.cosine_decay_schedule(config.pretrain_learning_rate, steps), momentum=0.9),
     )
     state = train.init_state(params, batch_stats, optimizer)
-    step = train.make_train_step(job.graphdef, optax.with_extra_args_support(optimizer), train.latent)
+    step = train.make_train_step(
+        job.graphdef, optax.with_extra_args_support(optimizer), train.latent
+    )
     evaluate = train.make_evaluate(job.graphdef)
     with progress.epochs(config.pretrain_epochs, "full precision") as bar:
         for log in _epochs(job, state, step, config.pretrain_epochs, config.seed):
@@ -119,21 +146,40 @@ def pretrain(job: Job, params: PyTree, batch_stats: PyTree) -> tuple[train.Train
 
 
 def compare(
-    job: Job, folder: report.Workdir, pretrained: train.TrainState, full_precision: float, constraint: str
+    job: Job,
+    folder: report.Workdir,
+    pretrained: train.TrainState,
+    full_precision: float,
+    constraint: str,
 ) -> report.Summary:
     """Post-trains from the same weights with the straight-through estimator and with CBP, and fills the folder."""
     started = time.perf_counter()
     config = job.config
-    # The baseline has what suits it: no multipliers, and a learning rate that falls to zero along a cosine.
-    cosine = optax.cosine_decay_schedule(config.learning_rate, config.epochs * config.steps_per_epoch)
-    ste_optimizer = _optimizer(job, constraint, cosine, multiplier_optimizer=optax.set_to_zero(), lr_decay=1.0)
-    ste = post_train(job, pretrained, ste_optimizer, f"{constraint} STE", lambda row: cosine(row["step"]), with_window=False)
+    # The baseline has what suits it: no multipliers, and a learning rate that falls to zero along a
+    # cosine.
+    cosine = optax.cosine_decay_schedule(
+        config.learning_rate, config.epochs * config.steps_per_epoch
+    )
+    ste_optimizer = _optimizer(
+        job, constraint, cosine, multiplier_optimizer=optax.set_to_zero(), lr_decay=1.0
+    )
+    ste = post_train(
+        job,
+        pretrained,
+        ste_optimizer,
+        f"{constraint} STE",
+        lambda row: cosine(row["step"]),
+        with_window=False,
+    )
     cbp = post_train(
         job,
         pretrained,
         cbp_optimizer(job, constraint),
         f"{constraint} CBP",
-        lambda row: config.learning_rate * (config.lr_decay if row["window"] >= config.lr_decay_window else 1.0),
+        lambda row: (
+            config.learning_rate
+            * (config.lr_decay if row["window"] >= config.lr_decay_window else 1.0)
+        ),
         folder.append_metrics,
     )
     for row in ste.rows:
@@ -141,7 +187,9 @@ def compare(
     checkpoints.save(folder.checkpoints / "final", cbp.state)
 
     title = f"{job.experiment}, {constraint.replace('_', '-')} weights"
-    figures.plot_training(folder.figures / "training.png", title, cbp.rows, ste.rows, full_precision)
+    figures.plot_training(
+        folder.figures / "training.png", title, cbp.rows, ste.rows, full_precision
+    )
     levels = cbp_jax.get_constraint(constraint).levels
     for layer in cbp.snapshots["before"]:
         moments = {moment: weights[layer] for moment, weights in cbp.snapshots.items()}
@@ -184,7 +232,8 @@ def post_train(
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
     with_window: bool = True,
 ) -> Outcome:
-    """Trains with the forward pass on quantized weights; accuracy is that of the quantized weights after every epoch.
+    """Trains with the forward pass on quantized weights; accuracy is that of the quantized weights
+    after every epoch.
 
     Args:
       job: of `make_job`.
@@ -208,20 +257,29 @@ def post_train(
             row = {"epoch": log.epoch, "step": log.epoch * config.steps_per_epoch, "loss": log.loss}
             row |= {name: float(value) for name, value in monitor.cbp_metrics(state).items()}
             row["lagrangian"] /= config.steps_per_epoch
-            accuracy = evaluate(quantize(state.params, state.opt_state), state.batch_stats, test_batches(job))
+            accuracy = evaluate(
+                quantize(state.params, state.opt_state), state.batch_stats, test_batches(job)
+            )
             row |= {"top1": accuracy["top1"], "top5": accuracy["top5"]}
-            row |= {"learning_rate": float(learning_rate(row)), "images_per_second": log.images_per_second}
+            row |= {
+                "learning_rate": float(learning_rate(row)),
+                "images_per_second": log.images_per_second,
+            }
             rows.append(row)
             on_epoch(row)
             if len(snapshots) == 1 and row["cfs_relative"] <= _MIDWAY * rows[0]["cfs_relative"]:
-                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.3g}"] = monitor.relative_weights(state)
+                snapshots[f"midway: epoch {log.epoch}, g = {row['window']:.3g}"] = (
+                    monitor.relative_weights(state)
+                )
             bar.set_postfix_str(progress.figures(row, with_window), refresh=False)
             bar.update()
     snapshots["after"] = monitor.relative_weights(state)
     return Outcome(state, rows, snapshots)
 
 
-def restore(job: Job, workdir: Path, constraint: str, params: PyTree, batch_stats: PyTree) -> train.TrainState:
+def restore(
+    job: Job, workdir: Path, constraint: str, params: PyTree, batch_stats: PyTree
+) -> train.TrainState:
     """The state in which a finished run under a constraint ended.
 
     Args:
@@ -236,7 +294,8 @@ def restore(job: Job, workdir: Path, constraint: str, params: PyTree, batch_stat
       ValueError: if it is damaged, or of another network or constraint.
     """
     return checkpoints.restore(
-        workdir / "checkpoints" / "final", train.init_state(params, batch_stats, cbp_optimizer(job, constraint))
+        workdir / "checkpoints" / "final",
+        train.init_state(params, batch_stats, cbp_optimizer(job, constraint)),
     )
 
 
@@ -248,10 +307,14 @@ def accuracy_of(job: Job, weights: PyTree, batch_stats: PyTree) -> dict[str, flo
 def cbp_optimizer(job: Job, constraint: str) -> optax.GradientTransformationExtraArgs:
     """The paper's recipe, with the settings of the job."""
     options = optimizers.multiplier_options(job.config)
-    return _optimizer(job, constraint, job.config.learning_rate, lr_decay=job.config.lr_decay, **options)
+    return _optimizer(
+        job, constraint, job.config.learning_rate, lr_decay=job.config.lr_decay, **options
+    )
 
 
-def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
+def _optimizer(
+    job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule, **options: Any
+) -> Any:
     config = job.config
     return cbp_jax.cbp_sgd(
         learning_rate,
@@ -266,7 +329,9 @@ def _optimizer(job: Job, constraint: str, learning_rate: optax.ScalarOrSchedule,
     )
 
 
-def _epochs(job: Job, state: train.TrainState, step: train.TrainStep, epochs: int, seed: int) -> Iterator[EpochLog]:
+def _epochs(
+    job: Job, state: train.TrainState, step: train.TrainStep, epochs: int, seed: int
+) -> Iterator[EpochLog]:
     images, labels = job.dataset.train_images, job.dataset.train_labels
     batches = shuffled_batches(len(labels), job.config.batch_size, seed)
     for epoch in range(1, epochs + 1):

@@ -1,6 +1,7 @@
 """Flax NNX networks; images are NHWC.
 
-`constrained`, an attribute of each, is a pattern of the paths of the kernels to constrain, for `cbp_jax.select(include=...)`.
+`constrained`, an attribute of each, is a pattern of the paths of the kernels to constrain, for
+`cbp_jax.select(include=...)`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from common.models.googlenet import GoogLeNet
 from common.models.resnet import ResNet, cifar_resnet18, resnet18, resnet20, resnet50
 from common.models.small import SmallConvNet, SmallMLP
 
+PyTree = Any
 Network = AlexNet | GoogLeNet | ResNet
 
 NETWORKS: Mapping[str, Callable[..., Network]] = MappingProxyType(
@@ -42,10 +44,18 @@ __all__ = [
     "resnet18",
     "resnet20",
     "resnet50",
+    "split_model",
 ]
 
 
-def create(name: str, num_classes: int | None = None, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **options: Any) -> Network:
+def create(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> Network:
     """A network by its name, with fresh weights.
 
     Args:
@@ -66,3 +76,9 @@ def create(name: str, num_classes: int | None = None, *, dtype: DTypeLike = jnp.
     if num_classes is not None:
         options["num_classes"] = num_classes
     return NETWORKS[name](dtype=dtype, rngs=rngs, **options)
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+    """The module's static part, its parameters and its batch statistics."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

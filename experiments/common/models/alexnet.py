@@ -20,8 +20,9 @@ def _pool(x: jax.Array) -> jax.Array:
 class AlexNet(nnx.Module):
     """Five convolutions and three dense layers, for images of 224x224.
 
-    Every layer but the last has batch normalization and no bias. Layers have the numbers of the authors' PyTorch module, in which
-    activations and poolings count too: `features/4/kernel` is the second convolution.
+    Every layer but the last has batch normalization and no bias. Layers have the numbers of the
+    authors' PyTorch module, in which activations and poolings count too: `features/4/kernel` is the
+    second convolution.
 
     Args:
       num_classes: number of logits.
@@ -30,19 +31,29 @@ class AlexNet(nnx.Module):
     """
 
     constrained = "features/(4|8|11|14)/kernel|classifier/[03]/kernel"
-    # Height, width and channels of what a dense layer sees flattened: PyTorch flattens channels first.
+    # Height, width and channels of what a dense layer sees flattened: PyTorch flattens channels
+    # first.
     flattened: ClassVar[dict[str, tuple[int, int, int]]] = {"classifier/0/kernel": (6, 6, 256)}
 
     def __init__(self, num_classes: int = 1000, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         def normalized(layer: nnx.Module, features: int) -> list[Callable[[jax.Array], jax.Array]]:
             return [layer, batch_norm(features, epsilon=_EPSILON, dtype=dtype, rngs=rngs), nnx.relu]
 
-        def convolution(features_in: int, features_out: int, size: int, stride: int = 1, padding: int | None = None) -> list:
+        def convolution(
+            features_in: int,
+            features_out: int,
+            size: int,
+            stride: int = 1,
+            padding: int | None = None,
+        ) -> list:
             layer = conv(features_in, features_out, size, stride, padding, dtype=dtype, rngs=rngs)
             return normalized(layer, features_out)
 
         def dense(features_in: int, features_out: int) -> list:
-            return normalized(nnx.Linear(features_in, features_out, use_bias=False, dtype=dtype, rngs=rngs), features_out)
+            return normalized(
+                nnx.Linear(features_in, features_out, use_bias=False, dtype=dtype, rngs=rngs),
+                features_out,
+            )
 
         self.features = nnx.List(
             [
@@ -56,7 +67,9 @@ class AlexNet(nnx.Module):
                 _pool,
             ]
         )
-        self.classifier = nnx.List([*dense(6 * 6 * 256, 4096), *dense(4096, 4096), head(4096, num_classes, rngs=rngs)])
+        self.classifier = nnx.List(
+            [*dense(6 * 6 * 256, 4096), *dense(4096, 4096), head(4096, num_classes, rngs=rngs)]
+        )
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits in float32, shape=(n, num_classes), of normalised images, shape=(n, 224, 224, 3); `rngs` is not used."""

@@ -16,7 +16,16 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ConvNorm(nnx.Module):
     """Convolution, batch normalization, ReLU."""
 
-    def __init__(self, features_in: int, features_out: int, size: int, stride: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        size: int,
+        stride: int = 1,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.conv = conv(features_in, features_out, size, stride, dtype=dtype, rngs=rngs)
         self.bn = batch_norm(features_out, epsilon=1e-3, dtype=dtype, rngs=rngs)
 
@@ -54,10 +63,15 @@ class Inception(nnx.Module):
         self.branch1 = layer(features_in, ones, 1)
         self.branch2 = nnx.List([layer(features_in, threes[0], 1), layer(*threes, 3)])
         self.branch3 = nnx.List([layer(features_in, fives[0], 1), layer(*fives, 3)])
-        self.branch4: nnx.List[Callable[[jax.Array], jax.Array]] = nnx.List([_pool, layer(features_in, pooled, 1)])
+        self.branch4: nnx.List[Callable[[jax.Array], jax.Array]] = nnx.List(
+            [_pool, layer(features_in, pooled, 1)]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        branches = [self.branch1(x), *(_chain(branch, x) for branch in (self.branch2, self.branch3, self.branch4))]
+        branches = [
+            self.branch1(x),
+            *(_chain(branch, x) for branch in (self.branch2, self.branch3, self.branch4)),
+        ]
         return jnp.concatenate(branches, axis=-1)
 
 
@@ -81,16 +95,23 @@ class GoogLeNet(nnx.Module):
 
     Args:
       num_classes: number of logits.
-      auxiliary_heads: two further classifiers in training mode; they are dropped afterwards, so they are not constrained.
-      transform_input: takes images normalised by ImageNet's mean and deviation to 0.5 and 0.5, which torchvision's pre-trained
-        weights were made for. They need it; weights trained here do not.
+      auxiliary_heads: two further classifiers in training mode; they are dropped afterwards, so
+        they are not constrained.
+      transform_input: takes images normalised by ImageNet's mean and deviation to 0.5 and 0.5,
+        which torchvision's pre-trained weights were made for. They need it; weights trained here do
+        not.
       dtype: of the computation; parameters, statistics and logits are float32.
-      rngs: where the weights come from; nothing of it is kept, dropout draws from the `rngs` of the call.
+      rngs: where the weights come from; nothing of it is kept, dropout draws from the `rngs` of the
+        call.
     """
 
     constrained = "conv[23]/conv/kernel|inception.*/kernel"
-    # Height, width and channels of what a dense layer sees flattened: PyTorch flattens channels first.
-    flattened: ClassVar[dict[str, tuple[int, int, int]]] = {"aux1/fc1/kernel": (4, 4, 128), "aux2/fc1/kernel": (4, 4, 128)}
+    # Height, width and channels of what a dense layer sees flattened: PyTorch flattens channels
+    # first.
+    flattened: ClassVar[dict[str, tuple[int, int, int]]] = {
+        "aux1/fc1/kernel": (4, 4, 128),
+        "aux2/fc1/kernel": (4, 4, 128),
+    }
 
     def __init__(
         self,
@@ -101,7 +122,13 @@ class GoogLeNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        def inception(features_in: int, ones: int, threes: tuple[int, int], fives: tuple[int, int], pooled: int) -> Inception:
+        def inception(
+            features_in: int,
+            ones: int,
+            threes: tuple[int, int],
+            fives: tuple[int, int],
+            pooled: int,
+        ) -> Inception:
             return Inception(features_in, ones, threes, fives, pooled, dtype=dtype, rngs=rngs)
 
         self.auxiliary_heads, self.transform_input = auxiliary_heads, transform_input
@@ -117,12 +144,18 @@ class GoogLeNet(nnx.Module):
         self.inception4e = inception(528, 256, (160, 320), (32, 128), 128)
         self.inception5a = inception(832, 256, (160, 320), (32, 128), 128)
         self.inception5b = inception(832, 384, (192, 384), (48, 128), 128)
-        self.aux1 = AuxiliaryHead(512, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
-        self.aux2 = AuxiliaryHead(528, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
+        self.aux1 = (
+            AuxiliaryHead(512, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
+        )
+        self.aux2 = (
+            AuxiliaryHead(528, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
+        )
         self.dropout = Dropout(0.2)
         self.fc = head(1024, num_classes, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, *, rngs: nnx.Rngs | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
         """Logits in float32.
 
         Args:
@@ -130,10 +163,14 @@ class GoogLeNet(nnx.Module):
           rngs: for dropout; needed in training mode only.
 
         Returns:
-          Logits, shape=(n, num_classes); in training mode, if there are auxiliary heads, a tuple of the logits, those of the
-          first head and those of the second.
+          Logits, shape=(n, num_classes); in training mode, if there are auxiliary heads, a tuple of
+          the logits, those of the first head and those of the second.
         """
-        x = (images * jnp.array(_STD) + jnp.array(_MEAN) - 0.5) / 0.5 if self.transform_input else images
+        x = (
+            (images * jnp.array(_STD) + jnp.array(_MEAN) - 0.5) / 0.5
+            if self.transform_input
+            else images
+        )
         x = max_pool(self.conv1(x), 3, stride=2, ceil_mode=True)
         x = max_pool(self.conv3(self.conv2(x)), 3, stride=2, ceil_mode=True)
         x = self.inception3b(self.inception3a(x))
@@ -163,4 +200,6 @@ def _window_means(x: jax.Array, count: int, axis: int) -> jax.Array:
     """Means over `count` windows that cover an axis evenly, overlapping if need be: PyTorch's adaptive average pooling."""
     size = x.shape[axis]
     windows = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
-    return jnp.stack([jax.lax.slice_in_dim(x, start, end, axis=axis).mean(axis) for start, end in windows], axis)
+    return jnp.stack(
+        [jax.lax.slice_in_dim(x, start, end, axis=axis).mean(axis) for start, end in windows], axis
+    )

@@ -25,7 +25,8 @@ def conv(
       features_out: channels of the output.
       size: side of the kernel, odd.
       stride: step between two positions.
-      padding: zeros on every side; None for as many as keep the size at stride 1. "SAME" would pad otherwise than PyTorch.
+      padding: zeros on every side; None for as many as keep the size at stride 1. "SAME" would pad
+        otherwise than PyTorch.
       dtype: of the computation and the output.
       rngs: where the kernel comes from.
     """
@@ -42,9 +43,13 @@ def conv(
     )
 
 
-def batch_norm(features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(
+    features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.BatchNorm:
     """Batch normalization with the statistics in float32; only the result is rounded to `dtype`."""
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=epsilon, dtype=dtype, promote_dtype=_unrounded, rngs=rngs)
+    return nnx.BatchNorm(
+        features, momentum=0.9, epsilon=epsilon, dtype=dtype, promote_dtype=_unrounded, rngs=rngs
+    )
 
 
 def _unrounded(values: Any, /, **kwargs: Any) -> Any:
@@ -59,16 +64,20 @@ def head(features_in: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class Dropout(nnx.Dropout):
-    """Flax's dropout, drawing from the `rngs` of the call, which in evaluation mode does nothing at all.
+    """Flax's dropout, drawing from the `rngs` of the call, which in evaluation mode does nothing at
+    all.
 
-    jax2onnx 0.17 replaces the call of Flax's by one that refuses `rngs`; in evaluation mode this one never gets there.
+    jax2onnx 0.17 replaces the call of Flax's by one that refuses `rngs`; in evaluation mode this
+    one never gets there.
     """
 
     def __call__(self, inputs: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:  # type: ignore[override]
         return inputs if self.deterministic else super().__call__(inputs, rngs=rngs)
 
 
-def max_pool(images: jax.Array, size: int, stride: int, padding: int = 0, *, ceil_mode: bool = False) -> jax.Array:
+def max_pool(
+    images: jax.Array, size: int, stride: int, padding: int = 0, *, ceil_mode: bool = False
+) -> jax.Array:
     """Max pooling, shape=(n, h, w, c) in and out; `ceil_mode` has a last window that reaches over the edge, as in PyTorch."""
 
     def pads(length: int) -> tuple[int, int]:
@@ -76,6 +85,9 @@ def max_pool(images: jax.Array, size: int, stride: int, padding: int = 0, *, cei
         return padding, padding + over
 
     height, width = images.shape[1:3]
-    # Padded here and not by the pooling, because jax2onnx 0.17 drops the padding of nnx.max_pool without a word.
+    # Padded here and not by the pooling, because jax2onnx 0.17 drops the padding of nnx.max_pool
+    # without a word.
     images = jnp.pad(images, ((0, 0), pads(height), pads(width), (0, 0)), constant_values=-jnp.inf)
-    return nnx.max_pool(images, window_shape=(size, size), strides=(stride, stride), padding="VALID")
+    return nnx.max_pool(
+        images, window_shape=(size, size), strides=(stride, stride), padding="VALID"
+    )

@@ -16,7 +16,16 @@ class _Block(nnx.Module):
 
     expansion: ClassVar[int]
 
-    def __init__(self, features_in: int, width: int, stride: int, projections: bool, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features_in: int,
+        width: int,
+        stride: int,
+        projections: bool,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.stride, self.features = stride, width * self.expansion
         changes = stride != 1 or features_in != self.features
         self.downsample = (
@@ -46,7 +55,14 @@ class BasicBlock(_Block):
     expansion = 1
 
     def __init__(
-        self, features_in: int, width: int, stride: int = 1, projections: bool = True, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        features_in: int,
+        width: int,
+        stride: int = 1,
+        projections: bool = True,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.conv1 = conv(features_in, width, 3, stride, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(width, dtype=dtype, rngs=rngs)
@@ -66,7 +82,14 @@ class Bottleneck(_Block):
     expansion = 4
 
     def __init__(
-        self, features_in: int, width: int, stride: int = 1, projections: bool = True, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        features_in: int,
+        width: int,
+        stride: int = 1,
+        projections: bool = True,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.conv1 = conv(features_in, width, 1, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(width, dtype=dtype, rngs=rngs)
@@ -91,9 +114,11 @@ class ResNet(nnx.Module):
       block: BasicBlock or Bottleneck.
       depths: number of blocks of each stage.
       width: channels of the first stage, before the block's expansion.
-      small_images: a 3x3 stem that keeps the size, for images of 32x32; otherwise 7x7 of stride 2 and max pooling.
-      projections: whether a shortcut that changes shape is a 1x1 convolution with batch normalization (the paper's option B), or
-        has no parameters (option A): every other pixel, and channels of zeros, half of them before and half after.
+      small_images: a 3x3 stem that keeps the size, for images of 32x32; otherwise 7x7 of stride 2
+        and max pooling.
+      projections: whether a shortcut that changes shape is a 1x1 convolution with batch
+        normalization (the paper's option B), or has no parameters (option A): every other pixel,
+        and channels of zeros, half of them before and half after.
       dtype: of the computation; parameters, statistics and logits are float32.
       rngs: where the weights come from.
     """
@@ -121,7 +146,9 @@ class ResNet(nnx.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(features, width << stage, stride, projections, dtype=dtype, rngs=rngs))
+                blocks.append(
+                    block(features, width << stage, stride, projections, dtype=dtype, rngs=rngs)
+                )
                 features = (width << stage) * block.expansion
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = head(features, num_classes, rngs=rngs)
@@ -162,6 +189,15 @@ def resnet20(num_classes: int = 10, *, dtype: DTypeLike = jnp.float32, rngs: nnx
     )
 
 
-def cifar_resnet18(num_classes: int = 10, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> ResNet:
+def cifar_resnet18(
+    num_classes: int = 10, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+) -> ResNet:
     """ResNet-18 with a stem for images of 32x32."""
-    return ResNet(num_classes, block=BasicBlock, depths=(2, 2, 2, 2), small_images=True, dtype=dtype, rngs=rngs)
+    return ResNet(
+        num_classes,
+        block=BasicBlock,
+        depths=(2, 2, 2, 2),
+        small_images=True,
+        dtype=dtype,
+        rngs=rngs,
+    )

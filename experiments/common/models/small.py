@@ -12,11 +12,25 @@ class SmallConvNet(nnx.Module):
 
     def __init__(self, num_classes: int, channels: int, *, rngs: nnx.Rngs):
         def conv(features_in: int, features_out: int, stride: int = 1) -> nnx.Conv:
-            return nnx.Conv(features_in, features_out, (3, 3), strides=stride, padding="SAME", use_bias=False, rngs=rngs)
+            return nnx.Conv(
+                features_in,
+                features_out,
+                (3, 3),
+                strides=stride,
+                padding="SAME",
+                use_bias=False,
+                rngs=rngs,
+            )
 
         self.conv1, self.bn1 = conv(1, channels), nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
-        self.conv2, self.bn2 = conv(channels, 2 * channels, stride=2), nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs)
-        self.conv3, self.bn3 = conv(2 * channels, 2 * channels), nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs)
+        self.conv2, self.bn2 = (
+            conv(channels, 2 * channels, stride=2),
+            nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs),
+        )
+        self.conv3, self.bn3 = (
+            conv(2 * channels, 2 * channels),
+            nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs),
+        )
         self.head = nnx.Linear(2 * channels, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -1,0 +1,1 @@
+"""What is deployed: packed weights, their file, inference with them, and ONNX."""

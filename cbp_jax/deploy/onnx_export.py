@@ -1,0 +1,302 @@
+"""Export to ONNX, with the constrained weights as packed integers."""
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cbp_jax.deploy.files import replacing
+from cbp_jax.deploy.onnx_fusion import make_fusible, unfused, unpack_when_loaded
+from cbp_jax.deploy.onnx_weights import FLOAT, INTEGERS, graph_weight, put_weights, remove_unused
+from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
+from cbp_jax.state import constrained_leaves, quantize
+
+if TYPE_CHECKING:  # an optional dependency, and slow to load
+    import onnx
+
+# The oldest version of the operators, and of the file format, that has the type.
+_OPSETS = {FLOAT: (21, 10), "int4": (21, 10), "int2": (25, 13)}
+# Two correct computations in float32 differ by less than this share of the largest output.
+_TOLERANCE = 1e-4
+# ONNX Runtime's names for the options of the file beside an optimized model.
+_EXTERNAL = "session.optimized_model_external_initializers"
+
+Forward = Callable[
+    [dict[Path, Any], Sequence[Any]], list[jax.Array]
+]  # parameters by path, inputs -> outputs
+
+
+def export_onnx(
+    model: Any,
+    params: PyTree,
+    opt_state: optax.OptState,
+    example_input: Any,
+    path: str | os.PathLike[str],
+    weight_type: str = "int4",
+) -> float:
+    """Writes the network, with its constrained weights on their levels, as an ONNX file.
+
+    A constrained weight is `integer * scale`: packed integers of 4 or 2 bits named by the path of
+    the parameter, and a float32 scale, or one per channel, named so with ":scale" behind. A matrix
+    to multiply by has a scale for each column; if several products take it, it is there several
+    times. The other parameters are float32. In the file the weights of convolutions have ONNX's
+    order of axes. Inputs are called "input" and outputs "output" ("input_0", "input_1" ... if there
+    are several); the leading axis of the inputs may have any size.
+
+    ONNX Runtime keeps the integers packed in memory to multiply matrices, and everything else it
+    unpacks when it loads the file. What follows a product is written so that it does
+    (`onnx_fusion.py`); where it still would not, a warning names the layer, and its weights are
+    unpacked when the file is loaded. By default ONNX Runtime also rounds what is multiplied by
+    packed integers to 8 bits, which costs about 5e-3 of accuracy; the session option
+    "session.qdq_matmulnbits_accuracy_level" = "1" keeps it in float32.
+
+    The file is written only after ONNX Runtime, in float32, has computed the same outputs from it
+    as JAX does.
+
+    Args:
+      model: a function `model(params, inputs) -> outputs`, or a Flax NNX module, which is run in
+        evaluation mode and not changed. Several inputs are several arguments; outputs may be any
+        tree of arrays, in the order of `jax.tree.leaves`.
+      params: the latent weights, float32, which are put on their levels as `quantize` does; for a
+        module, all its `nnx.Param`s, as a state or as a pure dictionary.
+      opt_state: any optimizer state with one or more `CBPState`s in it.
+      example_input: an array, or a tuple of them, with a leading batch axis. Give a few real
+        inputs: the outputs are compared on them.
+      path: of the file to write.
+      weight_type: "int4"; "int2", which holds binary and ternary levels and needs ONNX Runtime
+        1.32; or "float".
+
+    Returns:
+      The largest difference of an output from JAX's, as a share of the largest absolute value of
+      that output.
+
+    Raises:
+      ImportError: if jax2onnx, onnx or onnxruntime are not installed.
+      ValueError: as `quantize` does; if the levels of a layer do not fit the type, or a constrained
+        weight is not float32; if the file would not compute what JAX does. A file at `path` then
+        stays as it is.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.75, 0.25], [0.5, 0.5]])}
+      >>> state = cbp_jax.cbp(constraint="binary").init(params)
+      >>> model = lambda params, x: x @ params["kernel"]
+      >>> difference = cbp_jax.export_onnx(model, params, state, jnp.ones((1, 2)), "model.onnx")  # doctest: +SKIP
+      >>> difference < 1e-5  # doctest: +SKIP
+      True
+
+    Reference: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+    """
+    to_onnx = _converter()
+    if weight_type not in _OPSETS:
+        raise ValueError(
+            f"no weight type {weight_type!r}: give {', '.join(map(repr, INTEGERS))} or {FLOAT!r}"
+        )
+    inputs = _as_inputs(example_input)
+    leaves = dict(flatten_with_paths(params))
+    forward = _forward(model, params)
+    constrained = constrained_leaves(params, opt_state)
+    weights = {f"weight:{i}": graph_weight(leaf, weight_type) for i, leaf in enumerate(constrained)}
+
+    # Another number of examples than the given one, to see that any number will do.
+    batches = [inputs, [x[:1] if len(x) > 1 else jnp.concatenate([x, x]) for x in inputs]]
+    on_levels = dict(flatten_with_paths(quantize(params, opt_state)))
+    with jax.default_matmul_precision(
+        "highest"
+    ):  # accelerators may compute float32 products with less
+        expected = [jax.jit(forward)(on_levels, batch) for batch in batches]
+
+    def traced(*arrays: jax.Array) -> Any:
+        given = dict(zip((leaf.path for leaf in constrained), arrays[len(inputs) :], strict=True))
+        outputs = forward({**leaves, **given}, arrays[: len(inputs)])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    opset, ir_version = _OPSETS[weight_type]
+    input_names = _names("input", len(inputs))
+    try:
+        converted: onnx.ModelProto = to_onnx(
+            traced,
+            inputs=[
+                *(jax.ShapeDtypeStruct(("batch", *x.shape[1:]), x.dtype) for x in inputs),
+                *(
+                    jax.ShapeDtypeStruct(leaf.weight.shape, leaf.weight.dtype)
+                    for leaf in constrained
+                ),
+            ],
+            input_names=[*input_names, *weights],
+            output_names=_names("output", len(expected[0])),
+            opset=opset,
+        )
+    except Exception as error:
+        error.add_note("jax2onnx could not convert the model for export_onnx.")
+        raise
+    converted.ir_version = ir_version
+    put_weights(converted, weights)
+    make_fusible(converted.graph)
+    remove_unused(converted.graph)
+    named = [dict(zip(input_names, batch, strict=True)) for batch in batches]
+    difference, slow = _check(
+        converted, named, expected, [weight.name for weight in weights.values()]
+    )
+    if slow:
+        unpack_when_loaded(converted.graph, slow)
+        difference, _ = _check(converted, named, expected, slow)
+        warnings.warn(
+            f"ONNX Runtime does not multiply by the packed integers of {', '.join(map(repr, slow))}: it would unpack them at every "
+            "call, slower than float32, so the file has it unpack them when it loads them. These layers are as fast, and as large "
+            "in memory, as in float32. Known causes: a factor of 1, a transposed input, few columns",
+            stacklevel=2,
+        )
+    with replacing(FilePath(path)) as new:
+        new.write_bytes(converted.SerializeToString())
+    return difference
+
+
+def _converter() -> Callable[..., Any]:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise ImportError(
+            'export_onnx needs jax2onnx, onnx and onnxruntime: pip install "cbp_jax[onnx]"'
+        ) from error
+    return to_onnx
+
+
+def _as_inputs(example_input: Any) -> list[jax.Array]:
+    inputs = [
+        jnp.asarray(x)
+        for x in (example_input if isinstance(example_input, tuple) else (example_input,))
+    ]
+    sizes = [x.shape[:1] for x in inputs]
+    if not inputs or len(set(sizes)) > 1 or sizes[0] in ((), (0,)):
+        raise ValueError(
+            "example_input needs a leading batch axis, of one size for all its arrays, and not empty; "
+            f"got {[x.shape for x in inputs]}"
+        )
+    return inputs
+
+
+def _forward(model: Any, params: PyTree) -> Forward:
+    """The model as a function of parameters by path, and of the inputs; with a list of outputs."""
+    nnx = sys.modules.get("flax.nnx")  # as long as nobody has imported it, the model is no module
+    if nnx is not None and isinstance(model, nnx.Module):
+        copy = nnx.clone(model)
+        copy.eval()
+        graphdef, template, rest = nnx.split(copy, nnx.Param, ...)
+
+        def apply(tree: PyTree, *inputs: Any) -> Any:
+            return nnx.merge(graphdef, tree, rest)(*inputs)
+
+        _check_paths(template, params)
+    else:
+        template, apply = params, model
+    paths, structure = (
+        [path for path, _ in flatten_with_paths(template)],
+        jax.tree.structure(template),
+    )
+
+    def forward(leaves: dict[Path, Any], inputs: Sequence[Any]) -> list[jax.Array]:
+        return jax.tree.leaves(
+            apply(jax.tree.unflatten(structure, [leaves[path] for path in paths]), *inputs)
+        )
+
+    return forward
+
+
+def _check_paths(template: PyTree, params: PyTree) -> None:
+    """Refuses parameters that are not those of the module."""
+    shapes, given = (
+        {path: jnp.shape(leaf) for path, leaf in flatten_with_paths(tree)}
+        for tree in (template, params)
+    )
+    wrong = [
+        path_string(path) for path in {**shapes, **given} if shapes.get(path) != given.get(path)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the parameters are not those of the module: {', '.join(wrong[:5])} are missing, too many, or of another shape. "
+            "Give nnx.state(model, nnx.Param), or its pure dictionary, as it was trained."
+        )
+
+
+def _names(name: str, count: int) -> list[str]:
+    return [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+
+
+def _check(
+    model: "onnx.ModelProto",
+    batches: Sequence[dict[str, Any]],
+    expected: Sequence[Sequence[jax.Array]],
+    weights: Sequence[str],
+) -> tuple[float, list[str]]:
+    """How far ONNX Runtime's outputs are from the expected ones, and the weights that it unpacks at
+    every call.
+
+    Raises:
+      ValueError: if they are too far, or it does not run.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.log_severity_level = 3  # it warns that an optimized model is for this machine
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = FilePath(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry(
+                f"{_EXTERNAL}_file_name", "weights"
+            )  # unpacked, they may have more than 2 GB
+            options.add_session_config_entry(f"{_EXTERNAL}_min_size_in_bytes", "1024")
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            slow = unfused(optimized, weights)
+        outputs = [
+            session.run(None, {name: np.asarray(x) for name, x in batch.items()})
+            for batch in batches
+        ]
+    except Exception as error:  # each library has errors of its own
+        raise ValueError(
+            f"jax2onnx converted the model to one that ONNX Runtime {onnxruntime.__version__} does not run: {error}"
+        ) from error
+    pairs = [
+        pair
+        for got, wanted in zip(outputs, expected, strict=True)
+        for pair in zip(got, wanted, strict=True)
+    ]
+    difference = max(_difference(got, np.asarray(wanted)) for got, wanted in pairs)
+    if not difference <= _TOLERANCE:
+        raise ValueError(
+            f"the outputs of the ONNX model differ from JAX's by {difference:.2g} of the largest, more than {_TOLERANCE:g}: "
+            "jax2onnx converts some operation wrongly. Known is flax's max_pool, whose padding it drops: pad with jnp.pad and "
+            'pool with padding="VALID". Nothing was written.'
+        )
+    return difference, slow
+
+
+def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference as a share of the largest finite value; infinite if shapes differ, or what is not finite."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    finite = np.isfinite(wanted)
+    if got.shape != wanted.shape or not np.array_equal(
+        got[~finite], wanted[~finite], equal_nan=True
+    ):
+        return float("inf")
+    largest, furthest = (
+        np.max(np.abs(wanted[finite]), initial=0),
+        np.max(np.abs(got[finite] - wanted[finite]), initial=0),
+    )
+    return float(furthest / largest) if largest else float(furthest)

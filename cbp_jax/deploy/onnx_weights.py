@@ -1,0 +1,330 @@
+"""Constrained weights in an ONNX graph: integers of 2 or 4 bits, and the nodes that turn them into
+weights.
+
+Levels that are integers times a common unit give `weight = integer * (unit * scale)`: binary and
+ternary levels are -1, 0 and 1 times the scale, one-bit shift -2 .. 2 times half of it, two-bit
+shift -4 .. 4 times a quarter. ONNX Runtime computes
+
+    DequantizeLinear(integers, scales) -> MatMul or Gemm    with packed integers (MatMulNBits)
+    Mul(Cast(integers), scale)        -> any other node     in float32, folded once when it loads
+    the file
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from cbp_jax.constraints import Constraint
+from cbp_jax.masking import path_string
+from cbp_jax.state import ConstrainedLeaf
+
+if TYPE_CHECKING:  # an optional dependency, and slow to load
+    import onnx
+
+FLOAT = "float"
+INTEGERS = {"int2": range(-2, 2), "int4": range(-8, 8)}
+
+# Levels count as multiples of a unit to this relative precision, and the smallest may be so many of
+# it.
+_PRECISION, _MOST_UNITS = 1e-6, 16
+
+
+class GraphWeight(NamedTuple):
+    """A constrained weight as the graph holds it."""
+
+    name: str
+    values: (
+        np.ndarray
+    )  # integers of 2 or 4 bits; the weights themselves, float32, if there is no scale
+    scale: np.ndarray | None  # shape=() or with kept dimensions, dtype=float32
+
+
+def graph_weight(leaf: ConstrainedLeaf, weight_type: str) -> GraphWeight:
+    """A leaf's weights on their levels, as "int2", "int4" or "float".
+
+    Raises:
+      ValueError: if the levels do not fit the type, or the weights are not finite float32; it names
+        the layer.
+    """
+    name = path_string(leaf.path)
+    if leaf.weight.dtype != jnp.float32:
+        raise ValueError(
+            f"{name!r} is {leaf.weight.dtype}, and export_onnx takes float32 only: give the parameters cast to float32, with the "
+            "same optimizer state"
+        )
+    if not (np.all(np.isfinite(leaf.weight)) and np.all(np.isfinite(leaf.scale))):
+        raise ValueError(f"{name!r} has weights or scales that are not finite")
+    if weight_type == FLOAT:
+        return GraphWeight(
+            name, np.asarray(leaf.constraint.quantize(leaf.weight, leaf.scale)), None
+        )
+    unit, integers = _fitting_integers(name, leaf.constraint, weight_type)
+    codes = np.asarray(leaf.constraint.level_index(leaf.weight, leaf.scale))
+    scale = np.float32(np.asarray(leaf.scale, np.float64) * unit)
+    return GraphWeight(
+        name,
+        np.array(integers).astype(getattr(jnp, weight_type))[codes],
+        _shrunk(np.asarray(scale)),
+    )
+
+
+def level_integers(constraint: Constraint) -> tuple[float, tuple[int, ...]] | None:
+    """The largest unit that all levels are integers times, and those integers; None if there is
+    none.
+
+    Example:
+      >>> import cbp_jax
+      >>> from cbp_jax.deploy.onnx_weights import level_integers
+      >>> level_integers(cbp_jax.two_bit_shift())
+      (0.25, (-4, -2, -1, 0, 1, 2, 4))
+    """
+    levels = np.array(constraint.levels)
+    smallest = np.min(np.abs(levels[levels != 0]))
+    for units in range(1, _MOST_UNITS + 1):
+        integers = np.rint(levels * units / smallest)
+        if np.all(np.abs(integers * smallest / units - levels) <= _PRECISION * np.abs(levels)):
+            return float(smallest / units), tuple(map(int, integers))
+    return None
+
+
+def _fitting_integers(
+    name: str, constraint: Constraint, weight_type: str
+) -> tuple[float, tuple[int, ...]]:
+    found, allowed = level_integers(constraint), INTEGERS[weight_type]
+    if found is not None and all(integer in allowed for integer in found[1]):
+        return found
+    if found is None:
+        problem, fits = f"are no multiples of a common unit: {constraint.levels}", False
+    else:
+        problem = f"need the integers {', '.join(map(str, found[1]))}"
+        fits = all(integer in INTEGERS["int4"] for integer in found[1])
+    raise ValueError(
+        f"{name!r} cannot be {weight_type}, which holds {allowed[0]} to {allowed[-1]}: the levels of its constraint "
+        f"{constraint.name!r} {problem}. Give weight_type={'int4' if fits else FLOAT!r}"
+    )
+
+
+def put_weights(model: "onnx.ModelProto", weights: Mapping[str, GraphWeight]) -> None:
+    """Puts weights in the place of graph inputs, by the inputs' names; in place.
+
+    Transpositions and reshapings of a weight are done here, once, instead of in the graph.
+    """
+    graph = model.graph
+    _keep(graph.input, lambda value: value.name not in weights)
+    nodes = [node for name, weight in weights.items() for node in _place(graph, name, weight)]
+    nodes += graph.node
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for part in all_graphs(graph):
+        del part.value_info[:]  # jax2onnx 0.17 leaves wrong shapes there
+
+
+def remove_unused(graph: "onnx.GraphProto") -> None:
+    """Removes initializers that no node takes; in place."""
+    used = {name for node in all_nodes(graph) for name in node.input} | {
+        value.name for value in graph.output
+    }
+    _keep(graph.initializer, lambda tensor: tensor.name in used)
+
+
+def _place(graph: "onnx.GraphProto", value: str, weight: GraphWeight) -> "list[onnx.NodeProto]":
+    """Adds initializers that make a value of the graph; returns the nodes still to add, which make it of them."""
+    from onnx import TensorProto, helper
+
+    added: list[onnx.NodeProto] = []
+    outputs = {output.name for output in graph.output}
+    for node in [
+        node for node in graph.node if value in node.input and outputs.isdisjoint(node.output)
+    ]:
+        if move := _move(node, graph):
+            graph.node.remove(node)
+            added += _place(graph, node.output[0], _moved(weight, move))
+    users = [node for node in all_nodes(graph) if value in node.input]
+    if not users:
+        return added
+    if (
+        _fuses(weight)
+        and all(_is_product(node, value) for node in users)
+        and not _in_parts(graph, users)
+    ):
+        return [*added, *(_dequantize(graph, node, value, weight) for node in users)]
+    name = _add(graph, weight.name, weight.values)
+    if weight.scale is None:
+        for node in users:
+            node.input[:] = [name if input == value else input for input in node.input]
+        return added
+    return [
+        *added,
+        helper.make_node(
+            "Cast", [name], [f"{name}:float"], name=f"{name}:float", to=TensorProto.FLOAT
+        ),
+        helper.make_node(
+            "Mul",
+            [f"{name}:float", _add(graph, f"{name}:scale", weight.scale)],
+            [value],
+            name=f"{name}:weight",
+        ),
+    ]
+
+
+def _dequantize(
+    graph: "onnx.GraphProto", product: "onnx.NodeProto", value: str, weight: GraphWeight
+) -> "onnx.NodeProto":
+    """The node that makes the weight of one product.
+
+    ONNX Runtime fuses only what is used once. So each product has integers of its own, and a scale
+    for each column: equal scalars, of layers with the same scale, would become one.
+    """
+    from onnx import helper
+
+    assert weight.scale is not None
+    name = _add(graph, weight.name, weight.values)
+    scale = _add(
+        graph, f"{name}:scale", np.broadcast_to(weight.scale.reshape(-1), weight.values.shape[1:])
+    )
+    own = name.replace(weight.name, value)  # as distinct as the name
+    product.input[:] = [own if input == value else input for input in product.input]
+    _simplify_product(product)
+    return helper.make_node("DequantizeLinear", [name, scale], [own], name=f"{name}:weight", axis=1)
+
+
+def _add(graph: "onnx.GraphProto", name: str, values: np.ndarray) -> str:
+    """Adds an initializer under the name, or one like it if it is taken."""
+    from onnx import numpy_helper
+
+    name = free_name(graph, name)
+    graph.initializer.append(
+        numpy_helper.from_array(np.ascontiguousarray(values) if values.ndim else values, name)
+    )
+    return name
+
+
+def _in_parts(graph: "onnx.GraphProto", users: "list[onnx.NodeProto]") -> bool:
+    """Whether some of the nodes are in a loop or branch, where ONNX Runtime fuses nothing with what is outside."""
+    return any(all(node is not user for node in graph.node) for user in users)
+
+
+def _move(
+    node: "onnx.NodeProto", graph: "onnx.GraphProto"
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """What a node does to its first input, if all it does is to arrange the elements anew."""
+    from onnx import TensorProto, numpy_helper
+
+    attributes = _attributes(node)
+    if node.op_type == "Transpose":
+        return lambda a: a.transpose(attributes.get("perm"))
+    if node.op_type == "Identity" or (
+        node.op_type == "Cast" and attributes["to"] == TensorProto.FLOAT
+    ):
+        return lambda a: a
+    if node.op_type == "Reshape" and not attributes.get("allowzero"):
+        shapes = [
+            numpy_helper.to_array(tensor)
+            for tensor in graph.initializer
+            if tensor.name == node.input[1]
+        ]
+        if shapes:  # 0 stands for the size that the input has there
+            return lambda a: a.reshape(
+                [n or a.shape[axis] for axis, n in enumerate(shapes[0].tolist())]
+            )
+    return None
+
+
+def _moved(weight: GraphWeight, move: Callable[[np.ndarray], np.ndarray]) -> GraphWeight:
+    if weight.scale is None or weight.scale.ndim == 0:
+        return weight._replace(values=move(weight.values))
+    scale = _shrunk(move(np.broadcast_to(weight.scale, weight.values.shape)))
+    return weight._replace(values=move(weight.values), scale=scale)
+
+
+def _shrunk(scale: np.ndarray) -> np.ndarray:
+    """With size 1 along the axes it does not change along; shape () if it is the same everywhere."""
+    for axis in range(scale.ndim):
+        first = scale[(slice(None),) * axis + (slice(1),)]
+        if np.all(scale == first):
+            scale = first
+    return scale.reshape(()) if scale.size == 1 else scale
+
+
+def _fuses(weight: GraphWeight) -> bool:
+    """Whether ONNX Runtime multiplies by these integers without unpacking them."""
+    if (
+        weight.values.ndim != 2
+        or weight.scale is None
+        or (weight.scale.ndim and weight.scale.shape[0] > 1)
+    ):
+        return False
+    # ONNX Runtime 1.32 computes nonsense with 2 bits a weight when the columns do not fill whole
+    # bytes.
+    return weight.values.dtype != jnp.int2 or weight.values.shape[1] % 4 == 0
+
+
+def _is_product(node: "onnx.NodeProto", value: str) -> bool:
+    """Whether a node multiplies by a matrix from the right, in a way that can be MatMul or a plain Gemm."""
+    if len(node.input) < 2 or node.input[1] != value or list(node.input).count(value) > 1:
+        return False
+    attributes = _attributes(node)
+    if node.op_type == "Gemm":
+        plain = {"alpha": 1, "transA": 0, "transB": 0}
+        return attributes.get("beta", 1) in (0, 1) and all(
+            attributes.get(key, plain[key]) == plain[key] for key in plain
+        )
+    if node.op_type == "Einsum":  # such as abc,cd->abd
+        match = re.fullmatch(
+            r"(\w*)(\w),(\w)(\w)->(\w*)(\w)", attributes["equation"].decode().replace(" ", "")
+        )
+        if match is None:
+            return False
+        rows, summed, left, right, rows_out, right_out = match.groups()
+        letters = rows + summed + right
+        return (rows, summed, right) == (rows_out, left, right_out) and len(set(letters)) == len(
+            letters
+        )
+    return node.op_type == "MatMul"
+
+
+def _simplify_product(node: "onnx.NodeProto") -> None:
+    """Makes MatMul of a product to which nothing is added, which ONNX Runtime would not fuse as it is."""
+    if node.op_type == "Einsum" or (
+        node.op_type == "Gemm" and (len(node.input) < 3 or _attributes(node).get("beta", 1) == 0)
+    ):
+        node.op_type = "MatMul"
+        del node.input[2:], node.attribute[:]
+
+
+def _attributes(node: "onnx.NodeProto") -> dict[str, Any]:
+    from onnx import helper
+
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def all_graphs(graph: "onnx.GraphProto") -> "Iterator[onnx.GraphProto]":
+    """The graph, and those of the loops and branches in it."""
+    yield graph
+    for attribute in itertools.chain.from_iterable(node.attribute for node in graph.node):
+        for part in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from all_graphs(part)
+
+
+def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
+    return itertools.chain.from_iterable(part.node for part in all_graphs(graph))
+
+
+def free_name(graph: "onnx.GraphProto", name: str) -> str:
+    """The name, or one like it if it is taken already."""
+    taken = {value.name for value in (*graph.input, *graph.initializer)}
+    taken.update(output for node in all_nodes(graph) for output in node.output)
+    return next(
+        free for n in itertools.count() if (free := f"{name}:{n}" if n else name) not in taken
+    )
+
+
+def _keep(values: Any, wanted: Callable[[Any], bool]) -> None:
+    """Removes from a repeated field what is not wanted."""
+    kept = [value for value in values if wanted(value)]
+    del values[:]
+    values.extend(kept)

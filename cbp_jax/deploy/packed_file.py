@@ -1,0 +1,310 @@
+"""Packed weights in a file.
+
+The file is a safetensors container; all numbers are little-endian. From its first byte:
+
+    8 bytes   n, the length of the header, an unsigned integer
+    n bytes   the header, JSON in UTF-8, padded with spaces
+    the rest  the bytes of the tensors, without gaps
+
+The header is an object with an entry for each tensor, `"NAME": {"dtype": "U8", "shape": [...],
+"data_offsets": [begin, end]}`, whose offsets count from the end of the header, and with
+`"__metadata__"`, an object of strings:
+
+    "format"         "cbp_jax packed weights"
+    "version"        "1"
+    "tensors"        JSON: an object with an entry for each tensor of the network, in its order
+    "tensors_crc32"  CRC-32 of the bytes of the string "tensors", eight hexadecimal digits
+
+The entry of a tensor that is not constrained is `{"shape": [...], "dtype": "float32", "crc32":
+"..."}`; its bytes are the tensor NAME of the container. That of a constrained one is
+
+    {"constraint": "ternary",    its name, for people
+     "levels": [-1.0, 0.0, 1.0], increasing, in units of the scale
+     "bits": 2,                  of a code
+     "shape": [3, 3, 64, 128],   of the weights, in C order: the last axis is contiguous
+     "dtype": "float32",         that the weights had
+     "scale_axis": [3],          axes along which the scale differs; [] for one scale
+     "crc32": "89abcdef"}        of the bytes of the codes, followed by those of the scales
+
+and it is two tensors of the container: `NAME.codes`, U8, of `ceil(size * bits / 8)` bytes, and
+`NAME.scale`, F32 (F64 where the weights were), of shape [] or like that of the weights with 1 along
+the axes that share a scale. Code `i`, that of weight `i` in C order, is bits `i * bits` to `(i + 1)
+* bits - 1` of the codes, counted from the least significant bit of the first byte; bits after the
+last code are 0. In C, with at most 9 bits:
+
+    size_t bit = i * bits, byte = bit / 8;
+    unsigned two = codes[byte] | (bit % 8 + bits > 8 ? codes[byte + 1] << 8 : 0);
+    float weight = levels[two >> (bit % 8) & ((1u << bits) - 1)] * scale[channel];
+
+NAME is the path of the tensor, its keys joined by "/"; in a key "~" is written "~0" and "/" "~1",
+and an empty key is "~2". All CRC-32s are those of zlib, PNG and Ethernet.
+
+Reference: the container is described at https://github.com/huggingface/safetensors.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from cbp_jax.constraints import Constraint
+from cbp_jax.deploy.files import replacing
+from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor
+
+_FORMAT, _VERSION = "cbp_jax packed weights", "1"
+_LONGEST_HEADER = 100_000_000  # that safetensors reads
+_CHUNK = 1 << 20  # bytes of codes checked at a time, times the bits of a code
+
+
+def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
+    """Writes packed weights to a file, in the format that `cbp_jax/deploy/packed_file.py` describes byte
+    by byte.
+
+    The file appears whole or not at all: a crash leaves an old one as it was.
+
+    Args:
+      path: of the file; ".safetensors" is the usual ending.
+      packed: of `pack`.
+
+    Raises:
+      ValueError: if an array has a dtype that safetensors does not know, or two tensors have the
+        same name in the file.
+      OSError: if the file cannot be written.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.5, 0.5, 0.5]])}
+      >>> packed = cbp_jax.pack(params, cbp_jax.cbp(constraint="binary").init(params))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "weights.safetensors")
+      ...     cbp_jax.save_packed(path, packed)
+      ...     cbp_jax.load_packed(path) == packed
+      True
+    """
+    arrays: dict[str, np.ndarray] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, tensor in packed.tensors.items():
+        for inner, array in _arrays(name, tensor).items():
+            if inner in arrays or inner == "__metadata__":
+                raise ValueError(
+                    f"the file already has a tensor {inner!r}: rename the parameter {name!r}"
+                )
+            arrays[inner] = np.ascontiguousarray(array).reshape(
+                array.shape
+            )  # which gives a scalar an axis
+        entries[name] = _describe(name, tensor)
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "tensors": text,
+        "tensors_crc32": _hex(zlib.crc32(text.encode())),
+    }
+    specs = {name: _spec(name, array) for name, array in arrays.items()}
+    with replacing(Path(path)) as new:
+        safetensors.serialize_file(specs, new, metadata=metadata)
+
+
+def load_packed(path: str | os.PathLike[str]) -> Packed:
+    """Reads packed weights from a file, and checks every byte of it.
+
+    Memory holds the packed weights and at most one tensor more; nothing is unpacked.
+
+    Args:
+      path: of a file that `save_packed` wrote.
+
+    Returns:
+      The packed weights as numpy arrays, equal to those that were saved.
+
+    Raises:
+      PackedError: if the file is damaged, cut off, followed by other bytes, of another version or
+        no such file at all; it names the tensor, where the damage is not in the header itself.
+      OSError: if there is no file, or it cannot be read.
+
+    Example:
+      See `save_packed`.
+
+      >>> import cbp_jax
+      >>> cbp_jax.load_packed("no_such_file.safetensors")
+      Traceback (most recent call last):
+          ...
+      FileNotFoundError: no file at no_such_file.safetensors
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        with safetensors.safe_open(
+            path, framework="np", backend="pread"
+        ) as file:  # mapped memory would count twice
+            return _read(path, file)
+    except safetensors.SafetensorError as error:
+        raise PackedError(f"{path} is damaged: {_where(path) or error}") from error
+
+
+def _read(path: Path, file: Any) -> Packed:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != _FORMAT:
+        raise PackedError(
+            f"{path} holds no packed weights: save_packed writes them, this is another safetensors file"
+        )
+    if metadata.get("version") != _VERSION:
+        raise PackedError(
+            f"{path} is of format version {metadata.get('version')!r}, and this cbp_jax reads version {_VERSION!r}"
+        )
+    text = metadata.get("tensors", "")
+    if metadata.get("tensors_crc32") != _hex(zlib.crc32(text.encode())):
+        raise PackedError(
+            f"{path} is damaged: the description of its tensors, in the header, has changed"
+        )
+    try:
+        entries = dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PackedError(
+            f"{path} is damaged: the description of its tensors is no JSON object ({error})"
+        ) from error
+    left = set(file.keys())
+    tensors: dict[str, Any] = {}
+    for name, entry in entries.items():
+        expected = {f"{name}.codes", f"{name}.scale"} if "constraint" in entry else {name}
+        if not expected <= left:
+            raise PackedError(f"{path} is damaged: tensor {name!r} is missing")
+        left -= expected
+        try:
+            tensors[name] = _read_tensor(file, name, entry)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise PackedError(f"{path} is damaged: tensor {name!r}: {error}") from error
+    if left:
+        raise PackedError(f"{path} is damaged: nothing is said of its tensor {min(left)!r}")
+    return Packed(tensors)
+
+
+def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
+    """A tensor and its checks; what is wrong comes out as an error of Python's own, whose text says it."""
+    shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"shape {shape} is not one")
+    if "constraint" not in entry:
+        array = file.get_tensor(name)
+        _expect("shape", array.shape, shape)
+        _expect("dtype", array.dtype, dtype)
+        _expect("check sum", _hex(_crc(array)), entry["crc32"])
+        return array
+    constraint = Constraint(entry["constraint"], tuple(entry["levels"]))
+    codes, scale = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale")
+    tensor = PackedTensor(codes, scale, constraint, shape, dtype.name)
+    _expect("bits", entry["bits"], constraint.bits)
+    _expect(
+        "number of bytes",
+        (codes.shape, codes.dtype),
+        (((math.prod(shape) * constraint.bits + 7) // 8,), np.dtype("uint8")),
+    )
+    _expect("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
+    _expect("scale_axis", _scale_axis(scale), entry["scale_axis"])
+    if scale.ndim:
+        _expect("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
+        _expect("number of axes of the scale", scale.ndim, len(shape))
+    _expect("check sum", _hex(_crc(codes, scale)), entry["crc32"])
+    _check_codes(codes, constraint, tensor.size)
+    return tensor
+
+
+def _expect(what: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise ValueError(f"{what} is {found}, and {expected} was expected")
+
+
+def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:
+    """Refuses codes that stand for no level, and bits after the last code."""
+    bits, levels = constraint.bits, len(constraint.levels)
+    if size * bits % 8 and codes[-1] >> (size * bits % 8):
+        raise ValueError("there are bits after its last code")
+    if levels == 2**bits:
+        return
+    for start in range(0, codes.size, _CHUNK * bits):  # whole groups of eight codes
+        string = np.unpackbits(codes[start : start + _CHUNK * bits], bitorder="little")
+        table = string[: string.size // bits * bits].reshape(-1, bits).astype(np.uint32)
+        if np.any(table @ (1 << np.arange(bits, dtype=np.uint32)) >= levels):
+            raise ValueError(f"some of its codes are beyond its {levels} levels")
+
+
+def _arrays(name: str, tensor: Any) -> dict[str, np.ndarray]:
+    if isinstance(tensor, PackedTensor):
+        return {
+            f"{name}.codes": np.asarray(tensor.codes),
+            f"{name}.scale": np.asarray(tensor.scale),
+        }
+    return {name: np.asarray(tensor)}
+
+
+def _describe(name: str, tensor: Any) -> dict[str, Any]:
+    arrays = list(_arrays(name, tensor).values())
+    entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "crc32": _hex(_crc(*arrays))}
+    if not isinstance(tensor, PackedTensor):
+        return entry
+    constraint = tensor.constraint
+    about = {
+        "constraint": constraint.name,
+        "levels": list(constraint.levels),
+        "bits": constraint.bits,
+    }
+    return about | entry | {"scale_axis": _scale_axis(arrays[1])}
+
+
+def _scale_axis(scale: np.ndarray) -> list[int]:
+    return [axis for axis, n in enumerate(scale.shape) if n != 1]
+
+
+def _crc(*arrays: np.ndarray) -> int:
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
+    return crc
+
+
+def _hex(crc: int) -> str:
+    return f"{crc:08x}"
+
+
+def _spec(name: str, array: np.ndarray) -> safetensors.TensorSpec:
+    try:
+        return safetensors.TensorSpec(
+            dtype=array.dtype.name,
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{name!r} is {array.dtype}, which a safetensors file cannot hold: convert it first"
+        ) from error
+
+
+def _where(path: Path) -> str:
+    """Where a container that cannot be opened breaks off, or that other bytes follow; empty if its header is broken."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        there = path.stat().st_size - 8 - length
+        try:
+            header = (
+                json.loads(file.read(length))
+                if 0 < length <= min(there + length, _LONGEST_HEADER)
+                else {}
+            )
+            ends = sorted(
+                (entry["data_offsets"][1], name)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            )
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            return ""
+    if ends and ends[-1][0] < there:
+        return f"{there - ends[-1][0]} bytes follow its last tensor, {ends[-1][1]!r}"
+    return next((f"it breaks off in tensor {name!r}" for end, name in ends if end > there), "")

@@ -1,0 +1,431 @@
+"""Constrained weights as codes of a few bits: packing, unpacking, and what rounding moved.
+
+A code is the index of a weight's level, lowest level 0, in `bits = ceil(log2(number of levels))`
+bits; the weight is `levels[code] * scale`. `bits.py` says how codes lie in bytes, `packed_file.py`
+how all that lies in a file.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import export
+from jax.typing import DTypeLike
+
+from cbp_jax.constraints import Constraint
+from cbp_jax.deploy.bits import pack_bits, unpack_bits
+from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
+from cbp_jax.state import ON_LEVEL, ConstrainedLeaf, constrained_leaves
+from cbp_jax.tables import aligned
+
+
+class PackedError(ValueError):
+    """Packed weights that are damaged, incomplete, or do not fit; the message names the tensor."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A constrained tensor: codes and scales, and what turns them into weights. A pytree whose leaves are the two arrays."""
+
+    codes: Any  # shape=(ceil(size * bits / 8),), dtype=uint8
+    scale: Any  # shape=() or like the weights with 1 along the axes that share it; float32, float64 if the weights are
+    constraint: Constraint = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})  # of the weights
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return int(self.codes.nbytes + self.scale.nbytes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PackedTensor):
+            return NotImplemented
+        static = (self.constraint, self.shape, self.dtype) == (
+            other.constraint,
+            other.shape,
+            other.dtype,
+        )
+        return static and _same(self.codes, other.codes) and _same(self.scale, other.scale)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds arrays
+
+
+class Rounding(NamedTuple):
+    """How far packing moved the weights of a layer."""
+
+    layer: str
+    moved: int  # weights that were off their level by more than 1% of the scale
+    furthest: float  # of all weights, in units of the scale; infinite where the scale is 0
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """A network's tensors by name, the constrained ones packed; printed, a table.
+
+    A pytree: it may be an argument of jitted functions, and of exported ones. Names are paths
+    joined by "/"; in a key "~" is written "~0" and "/" "~1" (as in JSON pointers), an empty key
+    "~2", and a tree that is a single leaf has the name "".
+    """
+
+    tensors: dict[str, Any]  # PackedTensor or array
+    rounding: tuple[
+        Rounding, ...
+    ] = ()  # a layer each; not saved, compared or carried through transformations
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without a file's header."""
+        return sum(int(tensor.nbytes) for tensor in self.tensors.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Packed):
+            return NotImplemented
+        if set(self.tensors) != set(other.tensors):
+            return False
+        pairs = ((tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+        return all(
+            a == b if isinstance(a, PackedTensor) or isinstance(b, PackedTensor) else _same(a, b)
+            for a, b in pairs
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def tree_flatten_with_keys(
+        self,
+    ) -> tuple[tuple[tuple[jax.tree_util.DictKey, Any], ...], tuple[str, ...]]:
+        names = tuple(sorted(self.tensors))
+        return tuple((jax.tree_util.DictKey(name), self.tensors[name]) for name in names), names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], tensors: Iterable[Any]) -> "Packed":
+        return cls(dict(zip(names, tensors, strict=True)))
+
+    def __str__(self) -> str:
+        rounding = {path: moved for path, *moved in self.rounding}
+        rows = [
+            (
+                "tensor",
+                "constraint",
+                "weights",
+                "bits",
+                "bytes",
+                *(("moved", "furthest / scale") if rounding else ()),
+            )
+        ]
+        packed = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, PackedTensor)
+        }
+        for name, tensor in packed.items():
+            how_far = (f"{rounding[name][0]:,}", f"{rounding[name][1]:.2g}") if rounding else ()
+            rows.append(
+                (
+                    name,
+                    tensor.constraint.name,
+                    f"{tensor.size:,}",
+                    str(tensor.constraint.bits),
+                    f"{tensor.nbytes:,}",
+                    *how_far,
+                )
+            )
+        others = [tensor for name, tensor in self.tensors.items() if name not in packed]
+        if others:
+            size, nbytes = (
+                sum(int(tensor.size) for tensor in others),
+                sum(int(tensor.nbytes) for tensor in others),
+            )
+            rows.append(
+                (
+                    f"{len(others)} others",
+                    "none",
+                    f"{size:,}",
+                    "",
+                    f"{nbytes:,}",
+                    *(("", "") if rounding else ()),
+                )
+            )
+        return "\n".join(aligned(rows))
+
+
+def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> Packed:
+    """Packs the weights for deployment: constrained ones as codes of a few bits, the others as they
+    are.
+
+    The code of a weight is the index of its level; `ceil(size * bits / 8)` bytes hold those of a
+    tensor.
+
+    Args:
+      params: the latent weights. Unconstrained leaves are stored unchanged, such as batch
+        statistics: give `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params,
+          "batch_stats": batch_stats}` of a dictionary. Leaves that
+        are not arrays, such as functions and settings of an Equinox module, are not stored:
+        `unpack` takes them from its template.
+      opt_state: any optimizer state with one or more `CBPState`s in it.
+      round: put weights on their levels that are not on them. `Packed.rounding`, and the printed
+        table, say how many moved by more than 1% of the scale, and how far.
+
+    Returns:
+      The packed weights, in host memory. `unpack` gives what `quantize(params, opt_state)` does, to
+      the bit.
+
+    Raises:
+      ValueError: as `quantize` does; if, without `round`, weights are off their levels by more than
+        1% of the scale, naming the layers and by how much; if constrained weights or scales are not
+        numbers; if two paths have the same name; if an array is spread over several hosts.
+      TypeError: if a leaf has a shape and a dtype but no values to store: a random key, or a
+        `jax.ShapeDtypeStruct`.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.5, 0.5, 0.5]]), "bias": jnp.zeros(3)}
+      >>> state = cbp_jax.cbp(constraint="binary").init(params)
+      >>> packed = cbp_jax.pack(params, state)
+      >>> packed.tensors["kernel"].codes, packed.nbytes
+      (array([6], dtype=uint8), 17)
+    """
+    constrained = {leaf.path: leaf for leaf in constrained_leaves(params, opt_state)}
+    tensors: dict[str, Any] = {}
+    rounding = []
+    for path, leaf in flatten_with_paths(params):
+        name = tensor_name(path)
+        if name in tensors:
+            raise ValueError(f"two leaves have the path {path_string(path)!r}: rename one of them")
+        if not is_array_like(leaf):
+            continue
+        _check_here(path, leaf)
+        if path in constrained:
+            tensors[name], moved = _pack_leaf(constrained[path])
+            rounding.append(moved)
+        else:
+            tensors[name] = np.asarray(leaf)
+    off = [entry for entry in rounding if entry.moved]
+    if off and not round:
+        named = "; ".join(
+            f"{entry.layer}: {entry.moved:,} weights, by up to {entry.furthest:.2g} of the scale"
+            for entry in off[:10]
+        )
+        raise ValueError(
+            f"{len(off)} of {len(rounding)} constrained layers have weights more than {ON_LEVEL:.0%} of the scale off their "
+            f"levels ({named}): train on until constraint_failure_score is small, or give round=True to put them on their levels"
+        )
+    return Packed(tensors, tuple(rounding))
+
+
+def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None = None) -> PyTree:
+    """The weights back from their codes, equal to what `quantize` gave to the bit: `levels[code] *
+    scale`.
+
+    Under `jit` with `packed` as an argument, the codes stay packed in memory and are unpacked where
+    they are used (`make_predict` does that).
+
+    Args:
+      packed: of `pack` or `load_packed`.
+      template: a tree with the paths and shapes of the one that was packed, of arrays or of
+        `jax.ShapeDtypeStruct`s: a Flax NNX state, an Equinox module, ... Its leaves that are no
+        arrays are part of the result. None gives nested dictionaries.
+      dtype: of the constrained weights; None for the one they had.
+
+    Returns:
+      A tree of the template's structure.
+
+    Raises:
+      PackedError: if the template has a tensor that is not there, lacks one that is, or has one of
+        another shape; or if a tensor is of 64 bits and JAX is not set to use them. It names the
+        tensor.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.5, 0.5, 0.5]]), "bias": jnp.zeros(3)}
+      >>> packed = cbp_jax.pack(params, cbp_jax.cbp(constraint="binary").init(params))
+      >>> print(cbp_jax.unpack(packed)["kernel"])
+      [[-0.5  0.5  0.5]]
+    """
+    if template is None:
+        return _nested(
+            {name: _unpack_tensor(name, tensor, dtype) for name, tensor in packed.tensors.items()}
+        )
+    pairs = [(tensor_name(path), leaf) for path, leaf in flatten_with_paths(template)]
+    leaves = {name: leaf for name, leaf in pairs if is_array_like(leaf)}
+    for name in leaves:
+        if name not in packed.tensors:
+            raise PackedError(
+                f"the packed weights have no {name!r}, which the template has; they have {_some(packed.tensors)}"
+            )
+    for name, tensor in packed.tensors.items():
+        if name not in leaves:
+            raise PackedError(
+                f"the template has no {name!r}, which the packed weights have; it has {_some(leaves)}"
+            )
+        if tuple(tensor.shape) != jnp.shape(leaves[name]):
+            raise PackedError(
+                f"{name!r} has shape {tuple(tensor.shape)}, but the template's has {jnp.shape(leaves[name])}"
+            )
+    restored = [
+        _unpack_tensor(name, packed.tensors[name], dtype) if name in leaves else leaf
+        for name, leaf in pairs
+    ]
+    return jax.tree.unflatten(jax.tree.structure(template), restored)
+
+
+def tensor_name(path: Path) -> str:
+    """A path as the name of a tensor, from which the path can be told."""
+    return "/".join(key.replace("~", "~0").replace("/", "~1") or "~2" for key in path)
+
+
+def _path_of(name: str) -> Path:
+    keys = name.split("/") if name else []
+    return tuple("" if key == "~2" else key.replace("~1", "/").replace("~0", "~") for key in keys)
+
+
+def _nested(tensors: dict[str, Any]) -> PyTree:
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        path = _path_of(name)
+        if not path:
+            return tensor
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = tensor
+    return tree
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, itertools.islice(names, 5))) or "none"
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arrays are equal to the bit."""
+    a, b = np.asarray(a), np.asarray(b)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def is_array_like(leaf: Any) -> bool:
+    """Whether a leaf has numbers to store, unlike the functions and settings in an Equinox module."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _check_here(path: Path, leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{path_string(path)!r} cannot be packed: it is {type(leaf).__name__}, and only arrays can be"
+        )
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{path_string(path)!r} cannot be packed: it is a random key; leave it out, as nnx.state(model, nnx.Param) does"
+        )
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        raise ValueError(
+            f"{path_string(path)!r} is spread over several hosts: gather the parameters and the state first, with "
+            "jax.experimental.multihost_utils.process_allgather(..., tiled=True)"
+        )
+
+
+def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
+    layer = path_string(leaf.path)
+    codes, moved, furthest, finite = _encode(leaf.weight, leaf.scale, leaf.constraint)
+    if not finite:
+        raise ValueError(
+            f"{layer!r} cannot be packed: some of its weights are NaN, or its scale is not finite"
+        )
+    scale = np.asarray(leaf.scale)
+    dtype = jnp.dtype(leaf.weight.dtype).name
+    packed = PackedTensor(
+        np.asarray(codes), scale, leaf.constraint, tuple(leaf.weight.shape), dtype
+    )
+    return packed, Rounding(tensor_name(leaf.path), int(moved), float(furthest))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _encode(
+    w: jax.Array, scale: jax.Array, constraint: Constraint
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The packed codes; how many weights are off their level, the largest distance, and whether all are numbers."""
+    finite = jnp.all(~jnp.isnan(w)) & jnp.all(jnp.isfinite(scale))
+    on_level = constraint.quantize(w, scale)
+    compute = jnp.promote_types(w.dtype, jnp.float32)
+    distance = jnp.where(w == on_level, 0, jnp.abs(w.astype(compute) - on_level.astype(compute)))
+    relative = jnp.where(
+        distance > 0, distance / jnp.asarray(scale, compute), 0
+    )  # infinite where the scale is 0
+    codes = pack_bits(constraint.level_index(w, scale).reshape(-1), constraint.bits)
+    return codes, jnp.sum(relative > ON_LEVEL), jnp.max(relative, initial=0), finite
+
+
+def _unpack_tensor(name: str, tensor: Any, dtype: DTypeLike | None) -> jax.Array:
+    own = jnp.dtype(tensor.dtype)
+    if not isinstance(tensor, PackedTensor):
+        _check_width(name, own)
+        return jnp.asarray(tensor)
+    wanted = jnp.dtype(dtype or own)
+    _check_width(name, wanted)
+    return _decode(tensor, wanted)
+
+
+def _check_width(name: str, dtype: jnp.dtype) -> None:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise PackedError(f"{name!r} is {dtype}, which JAX would cut to half: set jax_enable_x64")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _decode(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
+    """The weights: as `Constraint.quantize` computes them, which decides the last bit."""
+    own = jnp.dtype(tensor.dtype)
+    compute = jnp.promote_types(own, jnp.float32)
+    index = unpack_bits(tensor.codes, tensor.constraint.bits, tensor.size).reshape(tensor.shape)
+    levels = tensor.constraint.levels
+    if len(levels) <= 16:  # compares and selects, which fuse; a table is a gather
+        value = jnp.asarray(levels[0], compute)
+        for code, level in enumerate(levels[1:], 1):
+            value = jnp.where(index == code, jnp.asarray(level, compute), value)
+    else:
+        value = jnp.asarray(levels, compute)[index]
+    weights = (jnp.broadcast_to(value, tensor.shape) * jnp.asarray(tensor.scale, compute)).astype(
+        own
+    )
+    return weights.astype(dtype)
+
+
+def _register_for_export() -> None:
+    """So that an exported function may take a `Packed`: what is static in it goes into the exported artifact as JSON."""
+    import json
+
+    def constraint_to_json(aux: Any) -> bytes:
+        constraint, shape, dtype = aux
+        return json.dumps([constraint.name, constraint.levels, shape, dtype]).encode()
+
+    def constraint_from_json(data: bytes) -> Any:
+        name, levels, shape, dtype = json.loads(data)
+        return Constraint(name, tuple(levels)), tuple(shape), dtype
+
+    export.register_pytree_node_serialization(
+        PackedTensor,
+        serialized_name="cbp_jax.PackedTensor",
+        serialize_auxdata=constraint_to_json,
+        deserialize_auxdata=constraint_from_json,
+    )
+    export.register_pytree_node_serialization(
+        Packed,
+        serialized_name="cbp_jax.Packed",
+        serialize_auxdata=lambda names: json.dumps(names).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
+    )
+
+
+_register_for_export()

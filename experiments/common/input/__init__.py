@@ -1,0 +1,1 @@
+"""The data: where examples come from, and the batches a run sees."""

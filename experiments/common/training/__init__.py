@@ -1,0 +1,1 @@
+"""One training engine, for runs of a minute and of a week."""

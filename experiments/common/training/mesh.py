@@ -1,0 +1,93 @@
+"""Devices as a mesh over (`data`, `fsdp`), and how a training state lies on it.
+
+A batch is split over both axes; parameters, and all that has their shape (momenta, multipliers and
+their moments), are split over `fsdp`; the rest is on every device. One device, several, and several
+hosts run the same code.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PyTree = Any
+# A smaller array costs more to gather than to keep everywhere.
+_MIN_SHARDED = 2**16
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all hosts, `fsdp` of them sharing one copy of the parameters.
+
+    Raises:
+      ValueError: if the number of devices is not a multiple of `fsdp`.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} does not divide the {devices} devices: give a divisor of {devices}"
+        )
+    return jax.make_mesh(
+        (devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
+    """How each array of a state should lie on the mesh.
+
+    Args:
+      mesh: of `make_mesh`.
+      state: a tree of arrays or shapes, such as a `TrainState`.
+      params: the parameters, as a tree whose paths end the paths of what belongs to them in the
+        state.
+
+    Returns:
+      A tree of `NamedSharding`, of the state's structure.
+    """
+    of_params = {path: leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        belongs = any(of_params.get(path[start:]) == leaf.shape for start in range(len(path)))
+        return NamedSharding(mesh, _spec(leaf.shape, mesh.shape["fsdp"]) if belongs else P())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """The longest axis that `fsdp` divides is split, the last of equals; none, if the array is small."""
+    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or not axes or math.prod(shape) < _MIN_SHARDED:
+        return P()
+    longest = max(axes, key=lambda axis: (shape[axis], axis))
+    return P(*[None] * longest, "fsdp")
+
+
+def put_state(state: PyTree, shardings: PyTree) -> PyTree:
+    """Places a state that every host has computed alike; arrays are copied, so that they may be donated."""
+
+    def put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        host = np.array(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, state, shardings)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """The global batch, to which every host gives its part."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

@@ -1,0 +1,206 @@
+"""Products by packed integers stay packed whatever follows them: ONNX Runtime's optimized graph has a MatMulNBits for each."""
+
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from onnx_support import assert_same_outputs, normal, onnxruntime, optimized_operators
+
+import cbp_jax
+from cbp_jax.deploy import onnx_export
+
+WIDTH, LAYERS = 16, 3
+X = normal(3, WIDTH)
+
+
+def relu_by_hand(x):
+    return jnp.maximum(x, 0)
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": jax.nn.relu,
+    "jitted relu": jax.jit(jax.nn.relu),
+    "maximum": relu_by_hand,
+    "relu6": jax.nn.relu6,
+    "clip": lambda x: jnp.clip(x, -0.5, 0.5),
+    "gelu": jax.nn.gelu,
+    "tanh": jnp.tanh,
+    "shifted relu": lambda x: jax.nn.relu(x + 1.0),
+}
+
+
+class Chain(nnx.Module):
+    def __init__(self, activation, bias, norm):
+        rngs = nnx.Rngs(0)
+        init = nnx.initializers.normal()
+        self.layers = nnx.List(
+            [
+                nnx.Linear(WIDTH, WIDTH, use_bias=bias, bias_init=init, rngs=rngs)
+                for _ in range(LAYERS)
+            ]
+        )
+        self.norms = (
+            nnx.List([nnx.BatchNorm(WIDTH, bias_init=init, rngs=rngs) for _ in range(LAYERS)])
+            if norm
+            else None
+        )
+        self.activation = activation
+
+    def __call__(self, x):
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.norms is not None:
+                x = self.norms[i](x)
+            x = self.activation(x)
+        return x
+
+
+def export_chain(path, activation, bias, norm, weight_type, scale_axis):
+    model = Chain(activation, bias, norm)
+    params = nnx.state(model, nnx.Param)
+    state = cbp_jax.cbp("ternary", scale_axis=scale_axis).init(params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ONNX Runtime does not multiply")
+        cbp_jax.export_onnx(model, params, state, X, path, weight_type)
+    quantized = cbp_jax.quantize(model, state)
+    quantized.eval()
+    assert_same_outputs(path, nnx.jit(lambda x: quantized(x)), X)
+
+
+def assert_fused(path, tmp_path, count=LAYERS):
+    operators = optimized_operators(path, tmp_path)
+    assert operators.count("MatMulNBits") == count, operators
+    assert "DequantizeLinear" not in operators
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_chains(activation, bias, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_chain(
+        path, ACTIVATIONS[activation], bias, norm=False, weight_type="int4", scale_axis=None
+    )
+    assert_fused(path, tmp_path)
+
+
+@pytest.mark.parametrize("weight_type", ["int4", "int2"])
+@pytest.mark.parametrize("scale_axis", [None, -1])
+@pytest.mark.parametrize("norm", [False, True], ids=["bias", "batch norm"])
+def test_relu_with_each_type_and_scale(weight_type, scale_axis, norm, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_chain(path, jax.nn.relu, True, norm, weight_type, scale_axis)
+    assert_fused(path, tmp_path)
+
+
+def test_functions(tmp_path):
+    """Biases that are added by hand, a residual, and a matrix that two products share."""
+    params = {
+        name: {"kernel": jnp.asarray(normal(WIDTH, WIDTH + i)[:, :WIDTH]), "bias": jnp.ones(WIDTH)}
+        for i, name in enumerate("ab")
+    }
+    state = cbp_jax.cbp("binary").init(params)
+
+    def model(params, x):
+        y = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"])
+        y = y @ params["b"]["kernel"] + x
+        return jax.nn.relu(y @ params["a"]["kernel"] + x[:1].sum())
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ONNX Runtime does not multiply")
+        cbp_jax.export_onnx(model, params, state, X, tmp_path / "model.onnx")
+    assert_fused(tmp_path / "model.onnx", tmp_path)
+
+
+def test_a_product_in_a_loop_is_unpacked_once(tmp_path):
+    """Nothing is fused across a loop's border, so the weight is made where loading folds it."""
+    params = {"kernel": jnp.asarray(normal(WIDTH, WIDTH))}
+    state = cbp_jax.cbp("binary").init(params)
+
+    def model(params, x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ params["kernel"]), None), x, None, length=3)[
+            0
+        ]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ONNX Runtime does not multiply")
+        cbp_jax.export_onnx(model, params, state, X, tmp_path / "model.onnx")
+    assert "DequantizeLinear" not in optimized_operators(tmp_path / "model.onnx", tmp_path)
+
+
+WARNING = (
+    r"does not multiply by the packed integers of 'first/kernel': .* unpack them when it loads them"
+)
+
+
+def export_what_is_not_fused(path, tmp_path, between):
+    """One layer before what ONNX Runtime does not fuse, and one after it."""
+    params = {
+        "first": {"kernel": jnp.asarray(normal(WIDTH, 24))},
+        "second": {"kernel": jnp.asarray(normal(24, 12))},
+    }
+    state = cbp_jax.cbp("ternary", scale_axis=-1).init(params)
+
+    def model(params, x):
+        return between(x, params["first"]["kernel"]) @ params["second"]["kernel"]
+
+    with pytest.warns(UserWarning, match=WARNING):
+        cbp_jax.export_onnx(model, params, state, X, path)
+    quantized = cbp_jax.quantize(params, state)
+    assert_same_outputs(path, lambda x: model(quantized, x), X)
+    assert_fused(path, tmp_path, count=1)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x, w: jax.nn.relu((x @ w) * 1.0),
+        lambda x, w: jax.nn.relu((x @ w) / 1.0),
+        lambda x, w: (jnp.tanh(x).T @ x).T @ w + normal(24),
+    ],
+    ids=["times one", "over one", "transposed"],
+)
+def test_what_is_not_fused_is_named_and_unpacked_once(between, tmp_path):
+    """ONNX Runtime 1.32 drops the factor, then stumbles over Relu; or makes one Gemm of transposition, product and bias."""
+    export_what_is_not_fused(tmp_path / "model.onnx", tmp_path, between)
+
+
+def test_relu_is_not_fused_without_rewriting(tmp_path, monkeypatch):
+    """So that the tests above test something."""
+    monkeypatch.setattr(onnx_export, "make_fusible", lambda graph: None)
+    export_what_is_not_fused(tmp_path / "model.onnx", tmp_path, lambda x, w: jax.nn.relu(x @ w))
+
+
+def test_a_weight_of_several_products_is_unpacked_as_a_whole(tmp_path):
+    """Equal scales of up to 8 columns become one, whichever initializers they are, so that no copy is fused."""
+    params = {"kernel": jnp.asarray(normal(WIDTH, 8))}
+    state = cbp_jax.cbp("ternary").init(params)
+
+    def model(params, x):
+        return x @ params["kernel"], jnp.tanh(x) @ params["kernel"]
+
+    with pytest.warns(UserWarning, match="packed integers of 'kernel'"):
+        cbp_jax.export_onnx(model, params, state, X, tmp_path / "model.onnx")
+    quantized = cbp_jax.quantize(params, state)
+    assert_same_outputs(tmp_path / "model.onnx", lambda x: model(quantized, x), X)
+    assert_fused(tmp_path / "model.onnx", tmp_path, count=0)
+
+
+def test_optimized_weights_lie_beside_the_graph(tmp_path, monkeypatch):
+    """Unpacked, they may have more than the 2 GB that a protobuf holds."""
+    real, beside = onnxruntime.InferenceSession, []
+
+    def session(model, options, **kwargs):
+        made = real(model, options, **kwargs)
+        if options.optimized_model_filepath:
+            beside.append(
+                Path(options.optimized_model_filepath).with_name("weights").stat().st_size
+            )
+        return made
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    export_chain(tmp_path / "model.onnx", jax.nn.relu, False, False, "float", None)
+    assert beside == [LAYERS * WIDTH * WIDTH * 4]

@@ -1,0 +1,300 @@
+"""Packed weights: the bits, that they give `quantize` back, and what is refused."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import INITIAL, KINDS, nested_dict, network
+
+import cbp_jax
+from cbp_jax.deploy.bits import pack_bits, unpack_bits
+
+CONSTRAINTS = [
+    cbp_jax.binary(),
+    cbp_jax.ternary(),
+    cbp_jax.one_bit_shift(),
+    cbp_jax.two_bit_shift(),
+    cbp_jax.shift(6),
+    cbp_jax.uniform(5),
+    cbp_jax.uniform(9),
+    cbp_jax.Constraint("mine", (-1.0, -0.0, 0.3, 2.0, 5.0)),
+]
+
+
+def identical(a, b):
+    """Equal to the bit: 0 is not -0."""
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert identical(x, y)
+
+
+def weights(shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def state_of(params, constraint="ternary", **options):
+    return cbp_jax.cbp(constraint, **options).init(params)
+
+
+# Bits
+
+
+def string_of_bits(codes, bits):
+    """The definition, with Python's integers."""
+    number = sum(int(code) << (i * bits) for i, code in enumerate(codes))
+    return np.frombuffer(number.to_bytes((len(codes) * bits + 7) // 8, "little"), np.uint8)
+
+
+@pytest.mark.parametrize("bits", [*range(1, 13), 16, 17])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 29])
+def test_bits(bits, size):
+    codes = np.random.default_rng(size).integers(0, 2**bits, size)
+    packed = np.asarray(jax.jit(pack_bits, static_argnums=1)(codes, bits))
+    np.testing.assert_array_equal(packed, string_of_bits(codes, bits))
+    np.testing.assert_array_equal(
+        jax.jit(unpack_bits, static_argnums=(1, 2))(packed, bits, size), codes
+    )
+
+
+# There and back
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: constraint.name)
+@pytest.mark.parametrize(
+    ("shape", "scale_axis", "dtype"),
+    [
+        ((3, 3, 5, 7), (0, -1), jnp.float32),
+        ((129, 33), -1, jnp.bfloat16),
+        ((13, 3), None, jnp.float16),
+        ((1, 1), -1, jnp.float32),
+        ((0, 4), -1, jnp.float32),
+    ],
+)
+def test_equals_quantize(constraint, shape, scale_axis, dtype):
+    params = {"kernel": weights(shape, dtype), "bias": weights((3,))}
+    state = state_of(params, constraint, scale_axis=scale_axis)
+    packed = cbp_jax.pack(params, state, round=True)
+    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
+    assert_identical(jax.jit(cbp_jax.unpack)(packed), jax.jit(cbp_jax.quantize)(params, state))
+    tensor = packed.tensors["kernel"]
+    assert tensor.codes.nbytes == math.ceil(math.prod(shape) * constraint.bits / 8)
+    assert isinstance(tensor.codes, np.ndarray)
+
+
+def test_equals_quantize_in_float64(environment):
+    with jax.enable_x64(True):
+        params = {"kernel": weights((17, 9), jnp.float64)}
+        state = state_of(params, cbp_jax.uniform(3))
+        packed = cbp_jax.pack(params, state, round=True)
+        assert packed.tensors["kernel"].scale.dtype == np.float64
+        assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
+    with pytest.raises(cbp_jax.PackedError, match=r"'kernel' is float64.*jax_enable_x64"):
+        cbp_jax.unpack(packed)
+
+
+def test_zero_scale_of_a_channel():
+    params = {"kernel": jnp.array([[0.0, -1.0], [0.0, 2.0]])}
+    state = state_of(params, "binary", scale_axis=-1)
+    assert_identical(
+        cbp_jax.unpack(cbp_jax.pack(params, state, round=True)), cbp_jax.quantize(params, state)
+    )
+    moved = {"kernel": params["kernel"].at[:, 0].set(0.5)}
+    with pytest.raises(ValueError, match="kernel: 4 weights, by up to inf"):
+        cbp_jax.pack(moved, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees(kind):
+    params = network(kind).params
+    state = state_of(params)
+    packed = cbp_jax.pack(params, state, round=True)
+    assert_identical(cbp_jax.unpack(packed, params), cbp_jax.quantize(params, state))
+    shapes = jax.eval_shape(lambda: params)
+    assert_identical(cbp_jax.unpack(packed, shapes), cbp_jax.quantize(params, state))
+
+
+def test_without_a_template_it_is_nested_dictionaries():
+    params = network(KINDS[1]).params  # tuples
+    tree = cbp_jax.unpack(cbp_jax.pack(params, state_of(params), round=True))
+    assert {key: set(inner) for key, inner in tree.items()} == {"0": {"0", "1"}, "1": {"0", "1"}}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(alphabet="a/~01.", max_size=3), min_size=1, max_size=3))
+def test_names_keep_paths_apart(keys):
+    tree = weights((2, 2))
+    for key in reversed(keys):
+        tree = {key: tree, key + "x": jnp.zeros(1)}
+    state = state_of(tree)
+    packed = cbp_jax.pack(tree, state, round=True)
+    assert len(packed.tensors) == len(keys) + 1
+    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(tree, state))
+
+
+def test_single_leaf():
+    leaf = weights((4, 4))
+    state = state_of(leaf)
+    packed = cbp_jax.pack(leaf, state, round=True)
+    assert list(packed.tensors) == [""]
+    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(leaf, state))
+
+
+def test_batch_statistics_travel_along():
+    class Block(nnx.Module):
+        def __init__(self):
+            self.conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    model = Block()
+    optimizer = nnx.Optimizer(model, cbp_jax.cbp_sgd(0.1, "two_bit_shift"), wrt=nnx.Param)
+    everything = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    restored = cbp_jax.unpack(cbp_jax.pack(everything, optimizer.opt_state, round=True), everything)
+    assert_identical(restored, cbp_jax.quantize(everything, optimizer.opt_state))
+    assert {"mean", "var"} <= set(restored["norm"])
+
+    params, stats = (
+        {"kernel": weights((3, 3))},
+        {"norm": {"mean": jnp.arange(3.0), "steps": jnp.array(7)}},
+    )
+    tree = cbp_jax.unpack(
+        cbp_jax.pack({**params, "batch_stats": stats}, state_of(params), round=True)
+    )
+    assert_identical(tree["batch_stats"], stats)
+
+
+def test_several_links():
+    params = {"a": weights((3, 3)), "b": weights((3, 3), seed=1), "c": weights((2,))}
+    optimizer = optax.chain(
+        cbp_jax.cbp("binary", mask={"a": True, "b": False, "c": False}),
+        cbp_jax.cbp("two_bit_shift", mask={"a": False, "b": True, "c": False}),
+    )
+    state = optimizer.init(params)
+    packed = cbp_jax.pack(params, state, round=True)
+    assert [packed.tensors[name].constraint.bits for name in "ab"] == [1, 3]
+    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
+
+
+def test_sharded_weights(environment):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    whole = {"kernel": weights((8, 12))}
+    params = jax.device_put(whole, NamedSharding(mesh, P("x", "y")))
+    state = state_of(whole, "two_bit_shift", scale_axis=-1)
+    assert cbp_jax.pack(params, state, round=True) == cbp_jax.pack(whole, state, round=True)
+
+
+def test_dtype_to_compute_in():
+    params = {"kernel": weights((5, 5)), "bias": weights((5,))}
+    state = state_of(params)
+    tree = cbp_jax.unpack(cbp_jax.pack(params, state, round=True), dtype=jnp.bfloat16)
+    assert identical(tree["kernel"], cbp_jax.quantize(params, state)["kernel"].astype(jnp.bfloat16))
+    assert tree["bias"].dtype == jnp.float32
+
+
+# What is off its level
+
+
+def test_refuses_weights_off_their_levels():
+    params = {"a": jnp.array([[0.5, -0.5, 0.5, 0.5]]), "b": jnp.array([[1.0, -1.0]])}
+    state = state_of(params, "binary")
+    exact = cbp_jax.pack(params, state)
+    assert [(entry.moved, entry.furthest) for entry in exact.rounding] == [(0, 0.0), (0, 0.0)]
+    near = {"a": params["a"].at[0, 0].set(0.504), "b": params["b"]}
+    assert cbp_jax.pack(near, state) == exact  # 0.8% of the scale
+    off = {
+        "a": params["a"].at[0, :2].set(jnp.array([0.75, -0.51])),
+        "b": params["b"].at[0, 0].set(0.25),
+    }
+    message = "2 of 2 constrained layers.*a: 2 weights, by up to 0.5 of the scale; b: 1 weights, by up to 0.75 of the scale.*round=True"
+    with pytest.raises(ValueError, match=message):
+        cbp_jax.pack(off, state)
+    rounded = cbp_jax.pack(off, state, round=True)
+    assert rounded == exact
+    assert rounded.rounding == (("a", 2, 0.5), ("b", 1, 0.75))
+    assert re.search(r"^a +binary +4 +1 +5 +2 +0\.5$", str(rounded), re.MULTILINE)
+
+
+def test_rounding_is_not_part_of_the_pytree():
+    params = {"kernel": weights((4, 4))}
+    packed = cbp_jax.pack(params, state_of(params), round=True)
+    assert jax.tree.map(lambda x: x, packed).rounding == ()
+    assert jax.tree.map(lambda x: x, packed) == packed
+
+
+def test_equality():
+    params = {"kernel": weights((4, 4)), "bias": jnp.zeros(2)}
+    packed = cbp_jax.pack(params, state_of(params), round=True)
+    assert packed == cbp_jax.pack(params, state_of(params), round=True)
+    assert packed != cbp_jax.pack(
+        {**params, "bias": -params["bias"]}, state_of(params), round=True
+    )  # -0
+    assert packed != cbp_jax.pack(params, state_of(params, "binary"), round=True)
+    assert packed != cbp_jax.pack(
+        {"kernel": params["kernel"]}, state_of({"kernel": params["kernel"]}), round=True
+    )
+    assert packed != "another thing"
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_refuses_what_is_no_number(bad):
+    params = {"kernel": jnp.ones((2, 2))}
+    state = state_of(params)
+    broken = {"kernel": params["kernel"].at[0, 0].set(bad)}
+    with pytest.raises(ValueError, match="kernel.*" + ("NaN" if np.isnan(bad) else "by up to inf")):
+        cbp_jax.pack(broken, state)
+    state = state._replace(weight_scale={"kernel": jnp.array(bad)})
+    with pytest.raises(ValueError, match=r"'kernel'.*scale is not finite"):
+        cbp_jax.pack(params, state, round=True)
+
+
+def test_refuses_leaves_that_are_no_arrays():
+    params = {"kernel": jnp.ones((2, 2))}
+    with pytest.raises(TypeError, match=r"'shape'.*it is ShapeDtypeStruct"):
+        cbp_jax.pack({**params, "shape": jax.ShapeDtypeStruct((2,), jnp.float32)}, state_of(params))
+    with pytest.raises(TypeError, match=r"'key'.*random key"):
+        cbp_jax.pack({**params, "key": jax.random.key(0)}, state_of(params))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            {"hidden": {"kernel": (3, 4)}},
+            r"the template has no 'hidden/bias'.*it has 'hidden/kernel'",
+        ),
+        (
+            {"hidden": {"kernel": (4, 3), "bias": (4,)}},
+            r"'hidden/kernel' has shape \(3, 4\), but the template's has \(4, 3\)",
+        ),
+        (
+            {"hidden": {"kernel": (3, 4), "bias": (4,), "extra": ()}},
+            "packed weights have no 'hidden/extra'.*'hidden/kernel'",
+        ),
+    ],
+)
+def test_template_that_does_not_fit(template, message):
+    params = {"hidden": nested_dict(INITIAL).params["hidden"]}
+    packed = cbp_jax.pack(params, state_of(params), round=True)
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        template,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    with pytest.raises(cbp_jax.PackedError, match=message):
+        cbp_jax.unpack(packed, shapes)

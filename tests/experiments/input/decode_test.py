@@ -1,0 +1,261 @@
+"""Decoding, cropping and colour, against Pillow and against the formulas in numpy."""
+
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common.input import augment as images
+from common.input import decode as photos
+from PIL import Image, ImageEnhance
+
+
+def smooth_image(height, width, seed=0):
+    """A photo-like image: noise of 6 x 5 pixels blown up."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image, image_format="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **({"quality": 95} if image_format == "JPEG" else {}), **options)
+    return file.getvalue()
+
+
+def torchvision_eval(data, resize, size):
+    """Resize and CenterCrop as torchvision does it on a Pillow image."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    short, long = sorted(image.size)
+    new_long = int(resize * long / short)
+    width, height = (resize, new_long) if image.width <= image.height else (new_long, resize)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = int(round((height - size) / 2.0)), int(round((width - size) / 2.0))  # noqa: RUF046, as there
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class TestDecode:
+    @pytest.mark.parametrize(
+        ("mode", "image_format", "options"),
+        [
+            ("RGB", "JPEG", {}),
+            ("RGB", "JPEG", {"progressive": True}),
+            ("RGB", "JPEG", {"subsampling": 0}),
+            ("L", "JPEG", {}),
+            ("CMYK", "JPEG", {}),
+            ("RGB", "PNG", {}),
+            ("RGBA", "PNG", {}),
+            ("LA", "PNG", {}),
+            ("P", "PNG", {}),
+            ("P", "PNG", {"transparency": 3}),
+            ("1", "PNG", {}),
+        ],
+    )
+    def test_every_kind_of_file_is_read_as_pillow_reads_it(self, mode, image_format, options):
+        data = encode(smooth_image(60, 90).convert(mode), image_format, **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        actual = photos.decode_rgb(data)
+        assert actual.dtype == np.uint8
+        np.testing.assert_allclose(actual.astype(int), expected, atol=2 if mode == "CMYK" else 0)
+
+    def test_exif_orientation_is_ignored(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees
+        image = smooth_image(60, 90)
+        np.testing.assert_array_equal(
+            photos.decode_rgb(encode(image, exif=exif)), photos.decode_rgb(encode(image))
+        )
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"no image",
+            b"\xff\xd8" + bytes(500),
+            encode(smooth_image(60, 90))[:200],
+            encode(smooth_image(60, 90))[:-300],
+            encode(smooth_image(60, 90), "PNG")[:-3000],
+            encode(smooth_image(60, 90), "PNG")[:20],
+            encode(smooth_image(60, 90), "BMP")[:60],
+        ],
+        ids=[
+            "empty",
+            "text",
+            "zeros",
+            "half a header",
+            "truncated",
+            "truncated PNG",
+            "PNG header",
+            "truncated BMP",
+        ],
+    )
+    def test_damaged_data_are_one_kind_of_error(self, data):
+        with pytest.raises(photos.UnreadableImageError):
+            photos.decode_train(data, np.random.default_rng(0), 32)
+        with pytest.raises(photos.UnreadableImageError):
+            photos.decode_eval(data, 40, 32)
+
+    def test_too_many_pixels_are_refused_before_they_are_decoded(self, monkeypatch):
+        monkeypatch.setattr(photos, "MAX_PIXELS", 60 * 90 - 1)
+        monkeypatch.setattr(photos, "decode_rgb", None)
+        with pytest.raises(photos.UnreadableImageError, match="90 x 60"):
+            photos.decode_eval(encode(smooth_image(60, 90)))
+
+    def test_a_scaled_image_is_smaller_but_not_too_small(self):
+        data = encode(smooth_image(400, 600))
+        for shrink, shape in [
+            (0.1, (400, 600, 3)),
+            (1.99, (400, 600, 3)),
+            (2, (200, 300, 3)),
+            (3.9, (200, 300, 3)),
+            (99, (50, 75, 3)),
+        ]:
+            assert photos.decode_rgb(data, shrink).shape == shape
+        small = np.asarray(smooth_image(400, 600).resize((150, 100), Image.Resampling.BILINEAR))
+        assert np.abs(photos.decode_rgb(data, 4).astype(int) - small).mean() < 2
+        assert photos.decode_rgb(encode(smooth_image(401, 599)), 2).shape == (201, 300, 3)
+
+
+class TestEval:
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (300, 400),
+            (401, 300),
+            (256, 256),
+            (288, 433),
+            (100, 130),
+            (700, 1001),
+            (40, 600),
+            (511, 257),
+        ],
+    )
+    def test_pixels_are_torchvisions(self, shape):
+        data = encode(smooth_image(*shape))
+        actual = photos.decode_eval(data)
+        assert actual.dtype == np.uint8
+        np.testing.assert_array_equal(actual, torchvision_eval(data, 256, 224))
+
+    def test_a_square_that_does_not_fit_is_an_error(self):
+        with pytest.raises(ValueError, match="224"):
+            photos.decode_eval(encode(smooth_image(60, 90)), resize=200, size=224)
+
+
+class TestRandomCrop:
+    def test_boxes_are_inside_and_as_large_as_they_should_be(self):
+        rng = np.random.default_rng(0)
+        height, width = 600, 800
+        boxes = np.array([photos.random_crop(height, width, rng) for _ in range(4000)])
+        top, left, crop_height, crop_width = boxes.T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (top + crop_height <= height).all()
+        assert (left + crop_width <= width).all()
+        area, ratio = crop_height * crop_width / (height * width), crop_width / crop_height
+        assert 0.079 < area.min() < 0.085
+        assert 0.95 < area.max() <= 1
+        assert 0.745 < ratio.min() < 0.76
+        assert 1.32 < ratio.max() < 1.34
+        for place in (top / (height - crop_height).clip(1), left / (width - crop_width).clip(1)):
+            assert abs(place[area < 0.5].mean() - 0.5) < 0.02
+
+    def test_small_boxes_are_uniform_in_area_and_in_the_logarithm_of_the_ratio(self):
+        rng = np.random.default_rng(1)
+        boxes = np.array([photos.random_crop(1000, 1000, rng) for _ in range(8000)])
+        area = boxes[:, 2] * boxes[:, 3] / 1e6
+        small = boxes[area < 0.56]  # below 0.5625 = 0.75² / 1 every ratio fits
+        quartiles = np.quantile(area[area < 0.56], [0.25, 0.5, 0.75])
+        np.testing.assert_allclose(quartiles, [0.2, 0.32, 0.44], atol=0.015)
+        logs = np.quantile(np.log(small[:, 3] / small[:, 2]) / math.log(4 / 3), [0.25, 0.5, 0.75])
+        np.testing.assert_allclose(logs, [-0.5, 0, 0.5], atol=0.05)
+
+    @pytest.mark.parametrize(
+        ("height", "width", "expected"),
+        [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 3000, (0, 1499, 1, 1))],
+    )
+    def test_a_strip_gets_the_central_crop(self, height, width, expected):
+        assert photos.random_crop(height, width, np.random.default_rng(0)) == expected
+
+
+class TestTrain:
+    @pytest.mark.parametrize(
+        "shape", [(300, 400), (900, 1200), (64, 48), (30, 40), (7, 400), (1, 1)]
+    )
+    def test_it_is_near_pillows_crop_of_the_full_image(self, shape):
+        data = encode(smooth_image(*shape))
+        full = Image.open(io.BytesIO(data))
+        for seed in range(5):
+            actual = photos.decode_train(data, np.random.default_rng(seed), 64)
+            rng = np.random.default_rng(seed)
+            top, left, height, width = photos.random_crop(*shape, rng)
+            box = (left, top, left + width, top + height)
+            expected = np.asarray(full.crop(box).resize((64, 64), Image.Resampling.BILINEAR))
+            if rng.random() < 0.5:
+                expected = expected[:, ::-1]
+            assert actual.shape == (64, 64, 3)
+            assert actual.dtype == np.uint8
+            assert (
+                np.abs(actual.astype(int) - expected).mean() < 3
+            )  # another filter; a wrong box or flip gives 20 and more
+
+    def test_half_of_the_images_are_flipped(self):
+        ramp = np.broadcast_to(np.arange(0, 240, 3, dtype=np.uint8)[None, :, None], (60, 80, 3))
+        data = encode(Image.fromarray(np.ascontiguousarray(ramp)))
+        rng = np.random.default_rng(0)
+        falls = [
+            np.subtract(*photos.decode_train(data, rng, 16).mean(axis=(0, 2))[[0, -1]]) > 0
+            for _ in range(400)
+        ]
+        assert 0.42 < np.mean(falls) < 0.58
+
+
+class TestPreprocess:
+    batch = np.random.default_rng(0).integers(0, 256, (3, 20, 16, 3)).astype(np.uint8)
+
+    def pixels(self, factors):
+        """Undoes the normalisation."""
+        batch = {"image": self.batch, "jitter": np.tile(np.float32(factors), (3, 1))}
+        return np.asarray(jax.jit(images.preprocess)(batch)) * [0.229, 0.224, 0.225] + [
+            0.485,
+            0.456,
+            0.406,
+        ]
+
+    def test_normalisation(self):
+        expected = (self.batch / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        np.testing.assert_allclose(images.preprocess({"image": self.batch}), expected, atol=1e-5)
+        assert images.preprocess({"image": self.batch}, jnp.bfloat16).dtype == jnp.bfloat16
+
+    def test_factors_of_one_change_nothing(self):
+        np.testing.assert_allclose(self.pixels([1, 1, 1]), self.batch / 255, atol=1e-6)
+
+    @pytest.mark.parametrize("factor", [0.8, 1.2])
+    @pytest.mark.parametrize(
+        ("place", "enhance"),
+        [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
+    )
+    def test_each_is_pillows(self, place, enhance, factor):
+        factors = [1.0, 1.0, 1.0]
+        factors[place] = factor
+        expected = [
+            np.asarray(enhance(Image.fromarray(image)).enhance(factor)) for image in self.batch
+        ]
+        np.testing.assert_allclose(
+            255 * self.pixels(factors), expected, atol=1.3
+        )  # Pillow rounds greys and cuts results
+
+    def test_all_three_in_turn_with_factors_of_their_own(self):
+        factors = np.float32([[0.8, 1.2, 1.1], [1.2, 0.8, 0.85], [1.1, 1.15, 1.2]])
+        actual = images.preprocess({"image": self.batch, "jitter": factors})
+        for image, (brightness, contrast, saturation), result in zip(
+            self.batch, factors.astype(float), actual, strict=True
+        ):
+            x = np.clip(image / 255 * brightness, 0, 1)
+            mean = (0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2]).mean()
+            x = np.clip(contrast * x + (1 - contrast) * mean, 0, 1)
+            grey = 0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2]
+            x = np.clip(saturation * x + (1 - saturation) * grey[..., None], 0, 1)
+            np.testing.assert_allclose(
+                result, (x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], atol=2e-5
+            )

@@ -1,0 +1,251 @@
+"""Weight files, as safetensors: this file needs no torch. That outputs agree with PyTorch is in torch_parity_test.py."""
+
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("flax", reason='needs the extra: pip install -e ".[test]"')
+pytest.importorskip("safetensors", reason="needs safetensors: pip install safetensors")
+
+import safetensors.numpy
+from common import models
+from common.models import torch_weights as pretrained
+from flax import nnx
+
+
+def abstract(name, **options):
+    return nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
+
+
+@pytest.fixture(scope="module")
+def resnet20():
+    return abstract("resnet20")
+
+
+@pytest.fixture
+def state_dict():
+    """PyTorch's ResNet-20, written out: names and shapes of its modules."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+
+    def add(name, *shape):
+        arrays[name] = generator.normal(size=shape).astype(np.float32)
+
+    def add_norm(name, features):
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            add(f"{name}.{kind}", features)
+
+    add("conv1.weight", 16, 3, 3, 3)
+    add_norm("bn1", 16)
+    for layer, width in ((1, 16), (2, 32), (3, 64)):
+        for block in range(3):
+            features_in = width // 2 if layer > 1 and block == 0 else width
+            add(f"layer{layer}.{block}.conv1.weight", width, features_in, 3, 3)
+            add_norm(f"layer{layer}.{block}.bn1", width)
+            add(f"layer{layer}.{block}.conv2.weight", width, width, 3, 3)
+            add_norm(f"layer{layer}.{block}.bn2", width)
+    add("fc.weight", 10, 64)
+    add("fc.bias", 10)
+    return arrays
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A function (state dict, model) -> what is loaded of it from a file."""
+
+    def load(arrays, model):
+        safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+        return pretrained.load_torch(tmp_path / "weights.safetensors", model)
+
+    return load
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_where_everything_goes(resnet20, state_dict, load):
+    params, batch_stats = load(state_dict, resnet20)
+    kernel = state_dict["layer2.0.conv1.weight"]
+    loaded = params["layer2"][0]["conv1"]["kernel"]
+    assert loaded.shape == (3, 3, 16, 32)
+    for o, i, h, w in ((0, 0, 0, 0), (31, 2, 1, 0), (5, 15, 0, 2)):
+        assert loaded[h, w, i, o] == kernel[o, i, h, w]
+    np.testing.assert_array_equal(params["fc"]["kernel"], state_dict["fc.weight"].T)
+    np.testing.assert_array_equal(params["fc"]["bias"], state_dict["fc.bias"])
+    np.testing.assert_array_equal(
+        params["layer3"][2]["bn2"]["scale"], state_dict["layer3.2.bn2.weight"]
+    )
+    np.testing.assert_array_equal(
+        params["layer3"][2]["bn2"]["bias"], state_dict["layer3.2.bn2.bias"]
+    )
+    np.testing.assert_array_equal(batch_stats["bn1"]["mean"], state_dict["bn1.running_mean"])
+    np.testing.assert_array_equal(batch_stats["bn1"]["var"], state_dict["bn1.running_var"])
+
+
+def test_fits_the_network(resnet20, state_dict, load):
+    """Names, shapes and dtypes are those of `split_model`, and all of it runs."""
+    graphdef, *trees = models.split_model(resnet20)
+    loaded = load(state_dict, resnet20)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), loaded) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), tuple(trees)
+    )
+    assert all(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded)
+    )  # Flax writes into numpy's
+    model = nnx.merge(graphdef, *loaded)
+    model.eval()
+    assert jax.eval_shape(
+        lambda images: model(images), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    ).shape == (1, 10)
+
+
+def test_there_and_back(resnet20, state_dict, load):
+    back = pretrained.to_torch(resnet20, *load(state_dict, resnet20))
+    assert back.keys() == state_dict.keys()
+    assert all(
+        value.flags.c_contiguous and value.flags.writeable for value in back.values()
+    )  # as safetensors and torch want them
+    for name, value in state_dict.items():
+        np.testing.assert_array_equal(back[name], value)
+    assert_same(load(back, resnet20), load(state_dict, resnet20))  # as written to a file, too
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("layer2/0/downsample/1/var", "layer2.0.downsample.1.running_var"),
+        ("layer1/0/conv1/kernel", "layer1.0.conv1.weight"),
+        ("inception3a/branch4/1/bn/scale", "inception3a.branch4.1.bn.weight"),
+        ("features/4/kernel", "features.4.weight"),
+        ("classifier/6/bias", "classifier.6.bias"),
+        ("bn1/mean", "bn1.running_mean"),
+    ],
+)
+def test_names(ours, theirs):
+    assert pretrained.torch_name(ours) == theirs
+
+
+def test_flattened_images(load):
+    """PyTorch's dense layer on an image flattened with its channels first, ours on the same image with its channels last."""
+    model = abstract("googlenet", num_classes=2)
+    zeros = pretrained.to_torch(
+        model,
+        *jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), models.split_model(model)[1:]),
+    )
+    image = np.random.default_rng(0).normal(size=(4, 4, 128))
+    for head in ("aux1", "aux2"):
+        weight = np.random.default_rng(1).normal(size=(1024, 2048)).astype(np.float32)
+        params, stats = load(zeros | {f"{head}.fc1.weight": weight}, model)
+        kernel = np.asarray(params[head]["fc1"]["kernel"], np.float64)
+        np.testing.assert_allclose(
+            image.ravel() @ kernel, weight @ image.transpose(2, 0, 1).ravel(), atol=1e-9
+        )
+        np.testing.assert_array_equal(
+            pretrained.to_torch(model, params, stats)[f"{head}.fc1.weight"], weight
+        )
+
+
+def test_names_of_distributed_training(resnet20, state_dict, load):
+    assert_same(
+        load({f"module.{name}": value for name, value in state_dict.items()}, resnet20),
+        load(state_dict, resnet20),
+    )
+
+
+def test_known_and_unused(resnet20, state_dict, load):
+    more = {"bn1.num_batches_tracked": np.array(7), "layer1.0.conv1.scale": np.ones(1, np.float32)}
+    assert_same(load(state_dict | more, resnet20), load(state_dict, resnet20))
+
+
+def test_heads_are_dropped_where_the_network_has_none(load):
+    with_heads, without = abstract("googlenet"), abstract("googlenet", auxiliary_heads=False)
+    arrays = pretrained.to_torch(
+        with_heads,
+        *jax.tree.map(
+            lambda leaf: np.ones(leaf.shape, leaf.dtype), models.split_model(with_heads)[1:]
+        ),
+    )
+    params, _ = load(arrays, without)
+    assert jax.tree.structure(params) == jax.tree.structure(models.split_model(without)[1])
+    headless = {name: value for name, value in arrays.items() if not name.startswith("aux")}
+    with pytest.raises(ValueError, match=r"GoogLeNet:(\n  missing: aux[12]\.\S+, shape .*){18}$"):
+        load(headless, with_heads)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floats(resnet20, state_dict, load, dtype):
+    cast = {name: value.astype(dtype) for name, value in state_dict.items()}
+    assert_same(
+        load(cast, resnet20),
+        load({name: value.astype(np.float32) for name, value in cast.items()}, resnet20),
+    )
+
+
+def test_everything_wrong_is_listed(resnet20, state_dict, load):
+    del state_dict["layer1.0.conv1.weight"], state_dict["bn1.running_var"]
+    state_dict["fc.weight"] = np.ones((1000, 64), np.float32)
+    state_dict["head.weight"] = np.ones((2, 3), np.float32)
+    state_dict["conv2.scale"] = np.ones(1, np.float32)  # beside no weight
+    state_dict["layer1.1.conv1.weight"] = np.ones((16, 16, 3, 3), np.int8)
+    state_dict["layer3.0.bn1.bias"][:3] = np.nan, np.inf, -np.inf
+    with pytest.raises(
+        ValueError, match=r"weights\.safetensors does not fit this ResNet:\n"
+    ) as error:
+        load(state_dict, resnet20)
+    assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == [
+        "missing: bn1.running_var, shape (16,)",
+        "missing: layer1.0.conv1.weight, shape (16, 16, 3, 3)",
+        "not finite: layer3.0.bn1.bias, 3 of 64 values",
+        "not floating: layer1.1.conv1.weight, found int8",
+        "other shape: fc.weight, found (1000, 64), expected (10, 64)",
+        "unexpected: conv2.scale, shape (1,)",
+        "unexpected: head.weight, shape (2, 3)",
+    ]
+
+
+def test_another_network(resnet20, state_dict, load):
+    """Every weight of the file is unexpected, every one of the network missing."""
+    with pytest.raises(ValueError, match="AlexNet") as error:
+        load(state_dict, abstract("alexnet"))
+    alexnet = sum(
+        len(jax.tree.leaves(tree)) for tree in models.split_model(abstract("alexnet"))[1:]
+    )
+    assert len(str(error.value).splitlines()) == 1 + len(state_dict) + alexnet
+
+
+def test_no_file(resnet20, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"resnet\.pth: download"):
+        pretrained.load_torch(tmp_path / "resnet.pth", resnet20)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1000],
+        lambda content: b"<!DOCTYPE html><html></html>",
+    ],
+)
+def test_damaged_file(resnet20, state_dict, tmp_path, damage):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(damage(safetensors.numpy.save(state_dict)))
+    with pytest.raises(
+        ValueError, match=r"weights\.safetensors is no safetensors file, or is damaged"
+    ):
+        pretrained.load_torch(path, resnet20)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("weights.pth", "torch"), ("weights.safetensors", "safetensors.numpy")]
+)
+def test_package_missing(resnet20, tmp_path, monkeypatch, name, module):
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    with pytest.raises(ImportError, match=f"reading {name} needs {package}: pip install {package}"):
+        pretrained.load_torch(tmp_path / name, resnet20)

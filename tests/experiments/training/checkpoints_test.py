@@ -1,0 +1,214 @@
+"""Checkpoints: what comes back, what is refused, and what happens to damage."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason='needs the extra: pip install -e ".[test]"')
+
+from common.training import checkpoints, mesh
+
+import cbp_jax
+
+
+def make_tree(constraint="ternary", value=0.0):
+    params = {
+        "kernel": jnp.linspace(-1, 1, 70_000).reshape(700, 100) + value,
+        "bias": jnp.full(3, value, jnp.bfloat16),
+    }
+    state = cbp_jax.cbp(constraint).init(params)
+    return {"params": params, "opt_state": state, "key": jnp.array([1, 2**32 - 1], jnp.uint32)}
+
+
+def assert_equal(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A run's folder with checkpoints of the steps 1, 2 and 3."""
+    writer = checkpoints.Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        writer.save(step, {"tree": make_tree(value=step)}, {"step": step})
+    writer.close()
+    return tmp_path
+
+
+def files_of(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_the_newest_comes_back_bit_for_bit(three):
+    reader = checkpoints.Checkpoints(three)
+    step, trees, notes = reader.restore_newest({"tree": make_tree()})
+    assert (step, notes, reader.newest()) == (3, {"step": 3}, 3)
+    assert_equal(trees["tree"], make_tree(value=3))
+
+
+def test_only_the_newest_few_are_kept(tmp_path):
+    writer = checkpoints.Checkpoints(tmp_path, keep=2)
+    for step in range(5):
+        writer.save(step, {"tree": make_tree(value=step)}, {})
+        writer.save(step, {"tree": make_tree(value=-step)}, {})  # saved already
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+    step, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest({"tree": make_tree()})
+    assert step == 4
+    assert_equal(trees["tree"], make_tree(value=4))
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    reader = checkpoints.Checkpoints(tmp_path)
+    assert reader.restore_newest({"tree": make_tree()}) is None
+    assert reader.newest() is None
+
+
+def flip_a_bit(folder):
+    """In the middle of the largest file, where the weights are; Orbax itself does not notice."""
+    largest = max(files_of(folder), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def cut_off(folder):
+    for path in files_of(folder):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder):
+    for path in files_of(folder):
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty])
+def test_a_damaged_checkpoint_is_passed_over(three, damage):
+    damage(three / "3")
+    reader = checkpoints.Checkpoints(three)
+    with pytest.warns(UserWarning, match="step 3 in .* cannot be read"):
+        step, trees, notes = reader.restore_newest({"tree": make_tree()})
+    assert (step, notes) == (2, {"step": 2})
+    assert_equal(trees["tree"], make_tree(value=2))
+    assert (three / "3").is_dir()  # reading moves nothing
+
+
+def test_a_run_puts_damaged_checkpoints_aside_and_saves_their_steps_again(three):
+    (three / "damaged_3").mkdir()  # it is not the first time
+    cut_off(three / "3")
+    reader = checkpoints.Checkpoints(three)
+    with pytest.warns(UserWarning, match="step 3 in .* cannot be read"):
+        step, _, _ = reader.restore_newest({"tree": make_tree()}, put_aside=True)
+    assert step == 2
+    assert (three / "damaged_3_2").is_dir()
+    reader.save(3, {"tree": make_tree(value=30)}, {"step": 30})
+    reader.close()
+    step, trees, notes = checkpoints.Checkpoints(three).restore_newest({"tree": make_tree()})
+    assert (step, notes) == (3, {"step": 30})
+    assert_equal(trees["tree"], make_tree(value=30))
+
+
+def test_if_all_are_damaged_nothing_is_started_afresh(three):
+    for step in "123":
+        cut_off(three / step)
+    for _ in range(2):  # and the second try says the same
+        with (
+            pytest.warns(UserWarning, match="cannot be read"),
+            pytest.raises(ValueError, match="none of the checkpoints"),
+        ):
+            checkpoints.Checkpoints(three).restore_newest({"tree": make_tree()})
+
+
+def test_another_constraint_is_an_error_not_damage(three):
+    with pytest.raises(checkpoints.AnotherTreeError, match=r"ternary(.|\n)*binary"):
+        checkpoints.Checkpoints(three).restore_newest({"tree": make_tree("binary")})
+    other = make_tree()
+    other["params"]["kernel"] = jnp.zeros((700, 101))
+    with pytest.raises(checkpoints.AnotherTreeError, match=r"700, 100(.|\n)*700, 101"):
+        checkpoints.Checkpoints(three).restore_newest({"tree": other})
+    with pytest.raises(checkpoints.AnotherTreeError, match=r"holds another extra"):
+        checkpoints.Checkpoints(three).restore_newest({"extra": make_tree()})
+    assert sorted(path.name for path in three.iterdir()) == ["1", "2", "3"]
+
+
+def test_donated_arrays_are_saved_as_they_were(tmp_path):
+    """Writing goes on in the background while the next step overwrites the memory."""
+    overwrite = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), tree),
+        donate_argnums=0,
+    )
+    writer = checkpoints.Checkpoints(tmp_path, keep=9)
+    tree = {"w": jnp.zeros((2000, 1000))}
+    for step in range(4):
+        writer.save(step, {"tree": tree}, {})
+        for _ in range(3):
+            tree = overwrite(tree)
+    writer.close()
+    for step in (3, 2, 1, 0):
+        found, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest({"tree": tree})
+        assert found == step
+        np.testing.assert_array_equal(trees["tree"]["w"], np.full((2000, 1000), 3.0 * step))
+        empty(tmp_path / str(step))
+        (tmp_path / str(step)).rename(tmp_path / f"gone_{step}")
+
+
+def test_arrays_of_many_devices_are_read_as_numpy(tmp_path):
+    """As a machine with other devices must."""
+    params = {"kernel": jnp.linspace(-1, 1, 2**17).reshape(512, 256)}
+    state = mesh.put_state(params, mesh.state_shardings(mesh.make_mesh(8), params, params))
+    writer = checkpoints.Checkpoints(tmp_path)
+    writer.save(1, {"tree": state}, {})
+    writer.close()
+    _, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest(
+        {"tree": {"kernel": np.empty((512, 256), np.float32)}}
+    )
+    assert isinstance(trees["tree"]["kernel"], np.ndarray)
+    assert_equal(trees["tree"], params)
+
+
+def test_shardings_may_change_between_save_and_restore(tmp_path):
+    """Saved from one device, read by eight; the check sums do not depend on the layout."""
+    params = {"kernel": jnp.linspace(-1, 1, 2**17).reshape(512, 256)}
+    state = {"params": params, "opt_state": cbp_jax.cbp("binary").init(params)}
+    writer = checkpoints.Checkpoints(tmp_path)
+    writer.save(1, {"tree": state}, {})
+    writer.close()
+    on = mesh.make_mesh(8)
+    like = mesh.put_state(
+        jax.tree.map(jnp.zeros_like, state), mesh.state_shardings(on, state, params)
+    )
+    _, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest({"tree": like})
+    assert_equal(trees["tree"], state)
+    for restored in (
+        trees["tree"]["params"]["kernel"],
+        trees["tree"]["opt_state"].multipliers["kernel"],
+    ):
+        assert restored.addressable_shards[0].data.size == 2**17 // 8
+
+
+def test_check_sums():
+    """Against integers of any length, in Python."""
+    array = np.array([[1.5, -2.0], [0.0, 3.25]], np.float32)
+    weights = [(row * 2654435761 + column) % 2**32 for row in (0, 1) for column in (0, 1)]
+    expected = sum(
+        int(bits) * (2 * weight + 1)
+        for bits, weight in zip(array.view(np.uint32).ravel(), weights, strict=True)
+    )
+    assert checkpoints._sums({"a": jnp.asarray(array)}) == [expected % 2**32]
+    swapped = jnp.asarray(array[::-1])
+    assert checkpoints._sums({"a": swapped}) != [expected % 2**32]
+    for dtype in (jnp.bool_, jnp.int8, jnp.bfloat16, jnp.uint32, jnp.float32):
+        zeros, one = (
+            jnp.zeros((3, 4), dtype),
+            jnp.zeros((3, 4), dtype).at[1, 2].set(jnp.ones((), dtype)),
+        )
+        assert checkpoints._sums([zeros]) == [0]
+        assert checkpoints._sums([one]) != [0]
+
+
+def test_notes_are_json(three):
+    notes = checkpoints.Checkpoints(three).restore_newest({"tree": make_tree()})[2]
+    assert json.loads(json.dumps(notes)) == notes

@@ -1,0 +1,154 @@
+"""The example of README.md, run as it is written, and its tables against the files that the runs wrote."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from pages import ROOT, block
+
+import cbp_jax
+
+README = (ROOT / "README.md").read_text()
+EXAMPLE, DEPLOY, LIGHT, NNX, LINEN = map(block, ("example", "deploy", "light", "nnx", "linen"))
+
+
+def test_example(capsys):
+    """A network of one's own: three layers, of which the middle one is ternary."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = {"conv1": (8, 16), "middle": (16, 16), "head": (16, 3)}
+    params = {
+        name: {"kernel": jax.random.normal(key, size) / 4, "bias": jnp.zeros(size[1])}
+        for (name, size), key in zip(sizes.items(), keys, strict=False)
+    }
+    images = jax.random.normal(keys[3], (64, 8))
+    labels = jnp.argmax(images[:, :3], axis=1)
+
+    def loss_fn(params, batch):
+        x = batch[0]
+        for name in sizes:
+            x = x @ params[name]["kernel"] + params[name]["bias"]
+            x = x if name == "head" else jax.nn.relu(x)
+        return optax.softmax_cross_entropy_with_integer_labels(x, batch[1]).mean()
+
+    namespace = {"params": params, "loss_fn": loss_fn, "batches": [(images, labels)] * 3000}
+    exec(EXAMPLE, namespace)
+
+    scale = np.mean(np.abs(params["middle"]["kernel"]))
+    levels = np.unique(namespace["weights"]["middle"]["kernel"])
+    np.testing.assert_allclose(levels, [-scale, 0, scale], rtol=1e-6)
+    assert len(np.unique(namespace["weights"]["head"]["kernel"])) == 48  # left in full precision
+    printed = capsys.readouterr().out
+    assert "middle/kernel  ternary" in printed
+    assert "60 multiplier updates in 3,000 steps" in printed
+    assert namespace["loss"] < loss_fn(params, (images, labels))
+    # With the schedule that the example states, the constraint is met at the end.
+    assert (
+        cbp_jax.constraint_failure_score(namespace["params"], namespace["state"], relative=True)
+        < 0.01
+    )
+
+
+def test_deployment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 16)), "bias": jnp.ones(16)}
+    state = cbp_jax.cbp("two_bit_shift").init(params)
+
+    def model_fn(params, images):
+        return images @ params["kernel"] + params["bias"]
+
+    namespace = {
+        "cbp_jax": cbp_jax,
+        "jax": jax,
+        "params": params,
+        "state": state,
+        "model_fn": model_fn,
+        "images": jnp.ones((3, 8)),
+    }
+    exec(DEPLOY, namespace)
+    quantized = cbp_jax.quantize(params, state)
+    np.testing.assert_array_equal(namespace["weights"]["kernel"], quantized["kernel"])
+    np.testing.assert_allclose(
+        namespace["logits"], model_fn(quantized, namespace["images"]), rtol=1e-5
+    )
+    assert "two_bit_shift" in capsys.readouterr().out
+    assert (tmp_path / "weights.safetensors").exists()
+
+
+def test_the_light_setting():
+    namespace = {"cbp_jax": cbp_jax, "optax": optax}
+    exec(LIGHT, namespace)
+    params = {"kernel": jnp.array([[0.5, -0.301], [0.3, 0.9]])}
+    optimizer = namespace["optimizer"]
+    state = optimizer.init(params)
+    kept = [
+        leaf
+        for leaf in jax.tree.leaves((state.cbp.multipliers, state.cbp.multiplier_opt_state))
+        if leaf.ndim
+    ]
+    assert [leaf.nbytes for leaf in kept] == [2 * 4]
+    _, state = optimizer.update(params, state, params, value=jnp.float32(1))
+    scale = jnp.mean(
+        jnp.abs(params["kernel"])
+    )  # at g = 1 only what is outside the levels counts: 0.9
+    assert scale < 0.9
+    np.testing.assert_allclose(
+        np.float32(state.cbp.multipliers["kernel"]), [[0, 0], [0, 1e-4]], rtol=1e-2
+    )
+
+
+def test_nnx_example():
+    """Batch statistics and the dropout counter move in the user's module; see `nnx_test.py` for the numbers."""
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Linear(8, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+            self.dropout, self.middle = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.middle(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    def loss_fn(model, batch):
+        return jnp.mean((model(batch) - 1) ** 2)
+
+    model = Network(nnx.Rngs(0))
+    link = cbp_jax.cbp(
+        "ternary", steps_per_epoch=2, patience=1, mask=cbp_jax.select(include="middle/kernel")
+    )
+    namespace = {
+        "nnx": nnx,
+        "optax": optax,
+        "cbp_jax": cbp_jax,
+        "model": model,
+        "link": link,
+        "loss_fn": loss_fn,
+    }
+    exec(NNX, namespace)
+    losses = [
+        namespace["train_step"](
+            model, namespace["optimizer"], jax.random.normal(jax.random.key(0), (32, 8))
+        )
+        for _ in range(20)
+    ]
+    assert losses[-1] < losses[0]
+    assert model.dropout.rngs.count[...] == 20
+    assert float(jnp.max(jnp.abs(model.norm.mean[...]))) > 0.01
+    assert cbp_jax.window(namespace["optimizer"].opt_state) == 10
+
+
+def test_example_is_ten_lines_or_so():
+    code = [line for line in EXAMPLE.splitlines() if line.strip()]
+    assert len(code) <= 15
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20", "closing", "cost"]
+)
+def test_tables_are_those_of_the_runs(name):
+    pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
+    import update_readme
+
+    assert (
+        update_readme.between(name).search(README).group(1).strip() == update_readme.tables()[name]
+    )

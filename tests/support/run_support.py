@@ -1,0 +1,89 @@
+"""A small long run as a user starts it: its config, its command, its process, and its terminal."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import imagenet_resnet18
+
+ROOT = Path(__file__).parents[2]
+STEPS_PER_EPOCH, EPOCHS = 5, 3
+
+
+def make_config(photos, **changes):
+    config = imagenet_resnet18.binary()
+    config.update(
+        {
+            "network": "resnet20",
+            "pretrained": "random",
+            "data": "folder",
+            "data_dir": str(photos),
+            "num_classes": 4,
+            "image_size": 16,
+            "resize": 20,
+            "workers": 0,
+            "batch_size": 8,
+            "epochs": EPOCHS,
+            "patience": 1,
+            "dtype": "float32",
+            "checkpoint_steps": 2,
+            "keep_checkpoints": 10,
+            **changes,
+        }
+    )
+    return config
+
+
+def command(photos, workdir, **changes):
+    config, defaults = make_config(photos, **changes), imagenet_resnet18.binary()
+    flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
+    return [
+        sys.executable,
+        str(ROOT / "experiments" / "imagenet_resnet18.py"),
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def start(photos, workdir, environment, **changes):
+    return subprocess.Popen(
+        command(photos, workdir, **changes),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return printed, errors
+
+
+def in_terminal(command, environment=None, columns=80):
+    """Runs a command with a terminal as its standard error; gives its standard output and the lines that the terminal shows."""
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while read := os.read(reader, 4096):
+            written += read
+    except OSError:  # how Linux says that nobody writes any more
+        pass
+    os.close(reader)
+    printed, _ = process.communicate(timeout=300)
+    text = written.decode()
+    assert process.returncode == 0, text[-3000:]
+    # What was written last stays: every state of a progress bar begins with a carriage return, and
+    # covers the one before.
+    return printed, [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]
