@@ -1,6 +1,7 @@
 """CBP quantization for JAX: binary, ternary and power-of-two weights by one link of an optax chain."""
 
 from cbp_jax.constraints import (
+    CONSTRAINTS,
     Constraint,
     binary,
     get_constraint,
@@ -13,55 +14,58 @@ from cbp_jax.constraints import (
 from cbp_jax.deploy.inference import make_predict
 from cbp_jax.deploy.onnx_export import export_onnx
 from cbp_jax.deploy.packed_file import load_packed, save_packed
-from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor, Rounding, pack, unpack
+from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor, pack, unpack
 from cbp_jax.description import check_description, describe
 from cbp_jax.masking import select
 from cbp_jax.metrics import (
-    LayerReport,
-    Report,
     constraint_failure_score,
     layer_report,
     level_histogram,
+    relative_weights,
 )
-from cbp_jax.recipe import CBPSGDState, cbp_sgd, keep_params_in_box
+from cbp_jax.recipe import cbp_sgd, keep_params_in_box
 from cbp_jax.state import CBPState, quantize, refit_scales, window
 from cbp_jax.transform import cbp
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CBPSGDState",
-    "CBPState",
+__all__ = [  # noqa: RUF022
+    # Constraints: the levels that weights may take
+    "CONSTRAINTS",
     "Constraint",
-    "LayerReport",
-    "Packed",
-    "PackedError",
-    "PackedTensor",
-    "Report",
-    "Rounding",
     "binary",
-    "cbp",
-    "cbp_sgd",
-    "check_description",
-    "constraint_failure_score",
-    "describe",
-    "export_onnx",
     "get_constraint",
-    "keep_params_in_box",
-    "layer_report",
-    "level_histogram",
-    "load_packed",
-    "make_predict",
     "one_bit_shift",
-    "pack",
-    "quantize",
-    "refit_scales",
-    "save_packed",
-    "select",
     "shift",
     "ternary",
     "two_bit_shift",
     "uniform",
-    "unpack",
+    # The link, and the paper's recipe around it
+    "cbp",
+    "cbp_sgd",
+    "keep_params_in_box",
+    # Forward weights, and the optimizer state they depend on
+    "CBPState",
+    "check_description",
+    "describe",
+    "quantize",
+    "refit_scales",
     "window",
+    # Metrics: how far the weights are from their levels
+    "constraint_failure_score",
+    "layer_report",
+    "level_histogram",
+    "relative_weights",
+    # Masks: which leaves are constrained
+    "select",
+    # Deployment: packed weights, their file, inference and ONNX
+    "Packed",
+    "PackedError",
+    "PackedTensor",
+    "export_onnx",
+    "load_packed",
+    "make_predict",
+    "pack",
+    "save_packed",
+    "unpack",
 ]

@@ -19,7 +19,6 @@ import difflib
 import functools
 import itertools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +128,7 @@ class Constraint:
         """
         w, dtype, scale = _prepare(w, scale)
         offset = self._offset(w, dtype, scale)
-        return jnp.where(self._counts(w, scale, offset, window), 2 * jnp.abs(offset), 0)
+        return jnp.where(self._active(w, scale, offset, window), 2 * jnp.abs(offset), 0)
 
     def violation_grad(
         self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf
@@ -156,7 +155,7 @@ class Constraint:
         """
         w, dtype, scale = _prepare(w, scale)
         offset = self._offset(w, dtype, scale)
-        return jnp.where(self._counts(w, scale, offset, window), 2 * jnp.sign(offset), 0)
+        return jnp.where(self._active(w, scale, offset, window), 2 * jnp.sign(offset), 0)
 
     def level_index(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
         """The index into `levels` of the level nearest to each weight; arguments as in `quantize`.
@@ -197,7 +196,7 @@ class Constraint:
         # weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
-    def _counts(
+    def _active(
         self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike
     ) -> jax.Array:
         """Where the constraint is in force: outside the levels, and near enough to one of them; nowhere if the scale is 0."""
@@ -360,12 +359,9 @@ def uniform(bits: int) -> Constraint:
     return Constraint(f"uniform{bits}", tuple(k * step for k in range(-highest, highest + 1)))
 
 
-_BY_NAME: dict[str, Callable[[], Constraint]] = {
-    "binary": binary,
-    "ternary": ternary,
-    "one_bit_shift": one_bit_shift,
-    "two_bit_shift": two_bit_shift,
-}
+_NAMED = {rule.name: rule for rule in (binary(), ternary(), one_bit_shift(), two_bit_shift())}
+
+CONSTRAINTS = tuple(_NAMED)  # the names that `get_constraint` and `cbp` take
 
 
 def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
@@ -392,11 +388,11 @@ def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
         raise TypeError(
             f"a constraint is a name or a Constraint, got {name_or_constraint!r} ({type(name_or_constraint).__name__})"
         )
-    if name_or_constraint not in _BY_NAME:
-        close = difflib.get_close_matches(name_or_constraint, _BY_NAME, n=1)
+    if name_or_constraint not in CONSTRAINTS:
+        close = difflib.get_close_matches(name_or_constraint, CONSTRAINTS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown constraint {name_or_constraint!r}; known are {', '.join(map(repr, _BY_NAME))}.{hint} "
+            f"unknown constraint {name_or_constraint!r}; known are {', '.join(map(repr, CONSTRAINTS))}.{hint} "
             "For other levels use shift(depth), uniform(bits) or Constraint(name, levels)."
         )
-    return _BY_NAME[name_or_constraint]()
+    return _NAMED[name_or_constraint]

@@ -101,7 +101,7 @@ def check_description(opt_state: optax.OptState, description: Mapping[str, Any])
 
 def _difference(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
     if saved is None or here is None:
-        return f"saved {_kind(saved)}, here {_kind(here)}"
+        return f"saved {_constraint_name(saved)}, here {_constraint_name(here)}"
     return "; ".join(
         f"{name} saved {saved.get(name)!r}, here {value!r}"
         for name, value in here.items()
@@ -109,5 +109,5 @@ def _difference(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None)
     )
 
 
-def _kind(leaf: Mapping[str, Any] | None) -> str:
+def _constraint_name(leaf: Mapping[str, Any] | None) -> str:
     return "unconstrained" if leaf is None else str(leaf.get("constraint"))

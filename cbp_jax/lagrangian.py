@@ -72,15 +72,15 @@ def _constraint_sum(
     multipliers: Arrays,
     window: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    products = [_products(constraint) for constraint in constraints]
-    plain = functools.partial(_plainly, products)
+    products = [_weighted_violation(constraint) for constraint in constraints]
+    plain = functools.partial(_sum_directly, products)
     if any(AxisType.Explicit in jax.typeof(w).sharding.mesh.axis_types for w in weights):
         return plain(
             weights, scales, multipliers, window
         )  # the others reshape, which explicit shardings need not allow
-    in_rows = functools.partial(_in_rows, products)
+    in_rows = functools.partial(_sum_in_rows, products)
     by_platform: dict[str, Form] = {
-        "cpu": functools.partial(_in_blocks, products),
+        "cpu": functools.partial(_sum_in_blocks, products),
         "cuda": in_rows,
         "rocm": in_rows,
     }
@@ -89,7 +89,7 @@ def _constraint_sum(
     )
 
 
-def _products(constraint: Constraint) -> Products:
+def _weighted_violation(constraint: Constraint) -> Products:
     def products(
         w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array
     ) -> jax.Array:
@@ -98,7 +98,7 @@ def _products(constraint: Constraint) -> Products:
     return products
 
 
-def _plainly(
+def _sum_directly(
     products: Sequence[Products],
     weights: Arrays,
     scales: Arrays,
@@ -112,7 +112,7 @@ def _plainly(
     ), window
 
 
-def _in_rows(
+def _sum_in_rows(
     products: Sequence[Products],
     weights: Arrays,
     scales: Arrays,
@@ -135,7 +135,7 @@ def _in_rows(
     return jnp.sum(lax.optimization_barrier(jnp.concatenate(sums))), window
 
 
-def _in_blocks(
+def _sum_in_blocks(
     products: Sequence[Products],
     weights: Arrays,
     scales: Arrays,
@@ -144,14 +144,14 @@ def _in_blocks(
 ) -> tuple[jax.Array, jax.Array]:
     total = jnp.zeros((), float_dtype())
     for product, w, scale, multiplier in zip(products, weights, scales, multipliers, strict=True):
-        total += _sum_blocks(product, w, scale, multiplier, window)
+        total += _sum_tensor_in_blocks(product, w, scale, multiplier, window)
         # So the tensors come one after another, and use the same memory: XLA does not know that no
         # sum is below minus infinity.
         window = jnp.where(total < -jnp.inf, jnp.nan, window)
     return total, window
 
 
-def _sum_blocks(
+def _sum_tensor_in_blocks(
     product: Products, w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array
 ) -> jax.Array:
     layout = (
@@ -197,9 +197,11 @@ def _block_layout(shape: tuple[int, ...]) -> tuple[int, ...] | None:
     count = math.prod(leading)
     if math.prod(shape) < 2 * _BLOCK:
         return None
-    matrices = _divisor(count, _BLOCK / (rows * columns))
+    matrices = _smallest_divisor(count, _BLOCK / (rows * columns))
     groups = math.gcd(rows, _GROUPS) if matrices == 1 else 1
-    height = _divisor(rows // groups, _BLOCK / (groups * columns)) if matrices == 1 else rows
+    height = (
+        _smallest_divisor(rows // groups, _BLOCK / (groups * columns)) if matrices == 1 else rows
+    )
     blocks = rows // groups // height
     return (
         (count // matrices, matrices, groups, blocks, height, columns)
@@ -208,6 +210,6 @@ def _block_layout(shape: tuple[int, ...]) -> tuple[int, ...] | None:
     )
 
 
-def _divisor(number: int, least: float) -> int:
+def _smallest_divisor(number: int, least: float) -> int:
     """The smallest divisor that is not less, or the number itself."""
     return min((n for n in range(1, number + 1) if number % n == 0 and n >= least), default=number)

@@ -131,7 +131,7 @@ def default_mask(params: PyTree) -> list[bool]:
     leaves = flatten_with_paths(params)
     paths = {path for path, _ in leaves}
     return [
-        _has_kernel_shape(leaf) and not _is_named_otherwise(path, paths) for path, leaf in leaves
+        _has_kernel_shape(leaf) and not _is_named_as_no_kernel(path, paths) for path, leaf in leaves
     ]
 
 
@@ -139,7 +139,7 @@ def _has_kernel_shape(leaf: Any) -> bool:
     return is_floating(leaf) and (len(leaf.shape) == 2 or sum(n > 1 for n in leaf.shape) >= 2)
 
 
-def _is_named_otherwise(path: Path, paths: Container[Path]) -> bool:
+def _is_named_as_no_kernel(path: Path, paths: Container[Path]) -> bool:
     if path[-1:] == ("b",) and (*path[:-1], "w") in paths:
         return True
     words = [[word.lower() for word in _WORD.findall(key)] for key in path]

@@ -106,7 +106,7 @@ class Report:
             "multiplier mean",
             "max",
         )
-        lines = aligned([header, *map(_row, self.layers)])
+        lines = aligned([header, *map(_table_row, self.layers)])
         steps, updates, skipped = (
             int(self.steps),
             int(self.multiplier_updates),
@@ -221,12 +221,46 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
     return histogram
 
 
+def relative_weights(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """The latent weights of each constrained leaf in units of its scale: `w / scale`.
+
+    The levels are then those of the constraint, so that the weights of all layers fit one
+    histogram.
+
+    Args:
+      params: the latent weights.
+      opt_state: any optimizer state with one or more `CBPState`s in it.
+
+    Returns:
+      For the path of each constrained leaf an array of its shape, of dtype
+      `promote_types(w.dtype, float32)`. Where the scale is 0 the weights are not divided.
+
+    Raises:
+      ValueError: as `cbp_jax.quantize` does.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.75, 0.25]])}
+      >>> state = cbp_jax.cbp(constraint="binary").init(params)
+      >>> print(cbp_jax.relative_weights(params, state)["kernel"])
+      [[-1.5  0.5]]
+    """
+    return {
+        path_string(leaf.path): _per_scale(leaf.weight, leaf)
+        for leaf in constrained_leaves(params, opt_state)
+    }
+
+
 def _violation(leaf: ConstrainedLeaf, relative: bool) -> jax.Array:
     violation = leaf.constraint.violation(leaf.weight, leaf.scale)
-    return violation / jnp.where(leaf.scale > 0, leaf.scale, 1) if relative else violation
+    return _per_scale(violation, leaf) if relative else violation
 
 
-def _row(layer: LayerReport) -> tuple[str, ...]:
+def _per_scale(values: jax.Array, leaf: ConstrainedLeaf) -> jax.Array:
+    return values / jnp.where(leaf.scale > 0, leaf.scale, 1)
+
+
+def _table_row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.layer,
         layer.constraint,

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import PyTree, is_floating, resolve_mask
-from cbp_jax.state import CBPState, ScaleFn
+from cbp_jax.state import CBPState, ScaleFn, float_dtype
 from cbp_jax.transform import ConstraintSpec, GrowthFn, MaskSpec, cbp
 
 
@@ -19,6 +19,9 @@ class CBPSGDState(NamedTuple):
 
     cbp: CBPState
     sgd: optax.OptState
+    # shape=(), float32, or float64 under x64: the rate that the last call applied, decay by the
+    # window included; before the first call, the rate that it will apply
+    learning_rate: jax.Array
 
 
 def cbp_sgd(
@@ -43,15 +46,15 @@ def cbp_sgd(
     window_growth: GrowthFn | None = None,
     multiplier_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stochastic gradient descent under a CBP constraint: the recipe of the paper, as `optax.adamw`
-    is one of another.
+    """The paper's whole recipe, packaged as one optimizer like `optax.adamw`.
 
     With the window `g`, the learning rate `lr`, and `clip` to ±`gradient_clip` elementwise:
 
-        gradient = clip(gradient + multiplier * violation_grad(w, g)) + weight_decay * w     (decay:
-        kernels only) velocity = momentum * velocity + gradient
+        gradient = clip(gradient + multiplier * violation_grad(w, g)) + weight_decay * w
+        velocity = momentum * velocity + gradient
         w        = w - lr * (lr_decay if g >= lr_decay_window else 1) * velocity
-        (constrained: clamped to ±weight_bound)
+
+    Only kernels decay; constrained weights are clamped to ±`weight_bound` after the step.
 
     Args:
       learning_rate: a number or a schedule of the step.
@@ -77,8 +80,9 @@ def cbp_sgd(
       multiplier_dtype: as in `cbp_jax.cbp`.
 
     Returns:
-      An optimizer, used as `cbp_jax.cbp` is: `init` after the pre-trained weights are in, `update`
-      with `params` and `value`.
+      An optimizer used like `cbp_jax.cbp`: call `init` after loading the pre-trained weights, and
+      `update` with `params` and `value`. `optax.tree_utils.tree_get(state, "learning_rate")` is the
+      rate that the last call applied, for logs.
 
     Raises:
       ValueError: as `cbp_jax.cbp`; and if `weight_bound` or `gradient_clip` is not positive.
@@ -110,12 +114,24 @@ def cbp_sgd(
             raise ValueError(f"{name} must be positive or None, got {bound!r}")
     sgd = optax.chain(
         optax.identity() if gradient_clip is None else optax.clip(gradient_clip),
-        optax.add_decayed_weights(weight_decay, _kernels if decay_mask is None else decay_mask),
-        optax.sgd(learning_rate, momentum=momentum),
+        optax.add_decayed_weights(
+            weight_decay, _at_least_two_axes if decay_mask is None else decay_mask
+        ),
+        optax.identity() if momentum is None else optax.trace(momentum),
     )
 
+    def current_rate(count: jax.Array, window: jax.Array) -> jax.Array:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        decay = jnp.where(window >= lr_decay_window, lr_decay, 1.0)
+        return jnp.asarray(rate * decay, float_dtype())
+
     def init_fn(params: PyTree) -> CBPSGDState:
-        return CBPSGDState(cbp=link.init(params), sgd=sgd.init(params))
+        cbp_state = link.init(params)
+        return CBPSGDState(
+            cbp=cbp_state,
+            sgd=sgd.init(params),
+            learning_rate=current_rate(cbp_state.count, cbp_state.window),
+        )
 
     def update_fn(
         updates: PyTree,
@@ -128,8 +144,8 @@ def cbp_sgd(
         del extra_args
         updates, cbp_state = link.update(updates, state.cbp, params, value=value)
         updates, sgd_state = sgd.update(updates, state.sgd, params)
-        factor = jnp.where(cbp_state.window >= lr_decay_window, lr_decay, 1.0)
-        updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+        rate = current_rate(state.cbp.count, cbp_state.window)
+        updates = jax.tree.map(lambda u: u * (-rate).astype(u.dtype), updates)
         if weight_bound is not None:
             constrained = jax.tree.map(
                 lambda node: isinstance(node, Constraint),
@@ -139,12 +155,12 @@ def cbp_sgd(
             updates, _ = keep_params_in_box(-weight_bound, weight_bound, constrained).update(
                 updates, optax.EmptyState(), params
             )
-        return updates, CBPSGDState(cbp=cbp_state, sgd=sgd_state)
+        return updates, CBPSGDState(cbp=cbp_state, sgd=sgd_state, learning_rate=rate)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _kernels(params: PyTree) -> PyTree:
+def _at_least_two_axes(params: PyTree) -> PyTree:
     return jax.tree.map(lambda w: is_floating(w) and len(w.shape) >= 2, params)
 
 
@@ -202,7 +218,7 @@ def keep_params_in_box(
             )
         flags = list(map(is_floating, weights)) if mask is None else resolve_mask(mask, params)
         moved = [
-            _into_box(w, u, lower, upper) if flag else u
+            _clamp_update(w, u, lower, upper) if flag else u
             for w, u, flag in zip(weights, moves, flags, strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(updates), moved), state
@@ -210,8 +226,8 @@ def keep_params_in_box(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _into_box(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLike) -> jax.Array:
-    low, high = _inwards(lower, w.dtype, math.inf), _inwards(upper, w.dtype, -math.inf)
+def _clamp_update(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLike) -> jax.Array:
+    low, high = _round_inward(lower, w.dtype, math.inf), _round_inward(upper, w.dtype, -math.inf)
     wide = jnp.promote_types(jnp.promote_types(w.dtype, update.dtype), jnp.float32)
     to_low, to_high = (
         (bound.astype(wide) - w.astype(wide)).astype(update.dtype) for bound in (low, high)
@@ -228,7 +244,7 @@ def _into_box(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: ArrayLik
     return jnp.where(w + inside > high, down, jnp.where(w + inside < low, up, inside))
 
 
-def _inwards(bound: ArrayLike, dtype: jnp.dtype, towards: float) -> jax.Array:
+def _round_inward(bound: ArrayLike, dtype: jnp.dtype, towards: float) -> jax.Array:
     """The bound in a dtype that may not hold it, not further out than it was."""
     exact = jnp.asarray(bound, jnp.promote_types(dtype, jnp.float32))
     rounded = exact.astype(dtype)

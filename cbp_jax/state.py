@@ -111,12 +111,12 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
         for leaf in constrained_leaves(params, opt_state)
     }
     if has_modules(params):
-        return _share_variables(params, on_levels)
+        return _replace_variables(params, on_levels)
     leaves = [on_levels.get(path, leaf) for path, leaf in flatten_with_paths(params)]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _share_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
+def _replace_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
     """An NNX module with new variables for the given values; it shares all others with the original."""
     from flax import nnx  # imported already: there is a module of it
 
@@ -207,7 +207,7 @@ def float_dtype() -> jnp.dtype:
 def find_states(opt_state: optax.OptState) -> list[CBPState]:
     """Every `CBPState` in an optimizer state, its NNX variables unwrapped; ValueError if there is none."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CBPState))
-    states = [_without_variables(node) for node in nodes if isinstance(node, CBPState)]
+    states = [_unwrap_variables(node) for node in nodes if isinstance(node, CBPState)]
     if not states:
         raise ValueError(
             "no CBPState in this optimizer state: give the state of an optimizer with cbp_jax.cbp or cbp_jax.cbp_sgd in it, "
@@ -216,7 +216,7 @@ def find_states(opt_state: optax.OptState) -> list[CBPState]:
     return states
 
 
-def _without_variables(tree: PyTree) -> PyTree:
+def _unwrap_variables(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda node: jax.tree.leaves(node)[0] if is_variable(node) else node,
         tree,
@@ -305,7 +305,7 @@ def measure_scale(
         raise ValueError(
             f"scale_fn gave {path_string(path)!r} a scale of shape {scale.shape}; shape {shape} was expected"
         )
-    scale = _replicated(scale)
+    scale = _replicate(scale)
     if not isinstance(scale, jax.core.Tracer) and (
         scale.is_fully_addressable or scale.is_fully_replicated
     ):
@@ -353,7 +353,7 @@ def _count_distinct(weights: jax.Array | np.ndarray) -> int:
     return len(np.unique(np.asarray(weights, np.float64)))
 
 
-def _replicated(scale: jax.Array) -> jax.Array:
+def _replicate(scale: jax.Array) -> jax.Array:
     """On every device, which all need it; under `jit` in automatic sharding mode the compiler decides."""
     traced = isinstance(scale, jax.core.Tracer)
     sharding = jax.typeof(scale).sharding if traced else scale.sharding

@@ -44,9 +44,9 @@ def step_function(
             result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
         return result
     if _is_exact_progression(edges) and _is_exact_progression(values):
-        index = _divide(w, scale, edges)
+        index = _index_by_division(w, scale, edges)
         return (values[0] + index * (values[1] - values[0])).astype(dtype)
-    return _bisect(w, scale, edges, values, dtype)
+    return _values_by_bisection(w, scale, edges, values, dtype)
 
 
 def _is_exact_progression(numbers: Sequence[float]) -> bool:
@@ -59,7 +59,7 @@ def _is_exact_progression(numbers: Sequence[float]) -> bool:
     return in_float32 and bool(np.all(exact[0] + multiples == exact))
 
 
-def _divide(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array:
+def _index_by_division(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array:
     """The number of edges at or below each weight, floating."""
     first, step, count = edges[0], edges[1] - edges[0], len(edges)
     # Off by one at most, from rounding.
@@ -69,7 +69,7 @@ def _divide(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array
     return index + ((index < count) & (w >= (first + index * step) * scale))
 
 
-def _bisect(
+def _values_by_bisection(
     w: jax.Array,
     scale: jax.Array,
     edges: Sequence[float],
@@ -79,12 +79,12 @@ def _bisect(
     table, step = jnp.asarray(edges, w.dtype), 1 << (len(edges).bit_length() - 1)
     index = jnp.where(w >= edges[step - 1] * scale, step, 0)
     while step := step // 2:
-        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
+        above = w >= _gather_like(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
         index = jnp.where(above & (index + step <= len(edges)), index + step, index)
-    return _look_up(jnp.asarray(values, dtype), index, w)
+    return _gather_like(jnp.asarray(values, dtype), index, w)
 
 
-def _look_up(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
+def _gather_like(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
     """`table[index]`, sharded as `w` is where shardings are explicit and a gather must be told."""
     sharding = jax.typeof(w).sharding
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types

@@ -128,12 +128,12 @@ def cbp(
 
     Reference: Kim and Jeong (2021), algorithm 1.
     """
-    rules = _constraint_rules(constraint)
-    steps_per_epoch = _as_count("steps_per_epoch", steps_per_epoch)
-    patience = _as_count("patience", patience)
+    rules = _compile_rules(constraint)
+    steps_per_epoch = _check_count("steps_per_epoch", steps_per_epoch)
+    patience = _check_count("patience", patience)
     if isinstance(initial_window, int | float | np.number) and not initial_window >= 1:
         raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
-    kept_axes = _as_axes(scale_axis)
+    kept_axes = _check_axes(scale_axis)
     if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
         raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
     ascent = optax.with_extra_args_support(
@@ -163,7 +163,7 @@ def cbp(
                 path: Path, node: PyTree
             ) -> PyTree:  # inside an NNX variable, if it is one, which annotates the sharding
                 return jax.tree.map(
-                    lambda w: _zeros_alike(
+                    lambda w: _zeros_sharded_like(
                         w, multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)
                     ),
                     node,
@@ -187,7 +187,7 @@ def cbp(
             multipliers=multipliers,
             weight_scale=scales,
             window=jnp.array(initial_window, float_dtype()),
-            multiplier_opt_state=_shard_alike(ascent.init(multipliers), multipliers),
+            multiplier_opt_state=_shard_like(ascent.init(multipliers), multipliers),
             lagrangian_sum=jnp.zeros((), float_dtype()),
             previous_sum=jnp.array(jnp.inf, float_dtype()),
             patience_used=jnp.zeros((), jnp.int32),
@@ -204,7 +204,7 @@ def cbp(
         **extra_args: Any,
     ) -> tuple[PyTree, CBPState]:
         del extra_args
-        leaves = _pair(params, state)
+        leaves = _pair_all(params, state)
         if value is None and not (isinstance(patience, int) and patience == 1):
             warnings.warn(
                 "cbp's update got no value: the Lagrangian cannot be judged, so the window grows by patience alone. Call "
@@ -313,7 +313,7 @@ def _end_of_step(
     )
 
 
-def _pair(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
+def _pair_all(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
     if params is None:
         raise ValueError(
             "cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)"
@@ -333,7 +333,7 @@ def _default_growth(window: jax.Array) -> jax.Array:
     return jnp.where(window < 10, window + 1, window + 10)
 
 
-def _as_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def _check_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     axes = (
         () if scale_axis is None else scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
     )
@@ -344,7 +344,7 @@ def _as_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     return axes
 
 
-def _as_count(name: str, number: Any) -> Any:
+def _check_count(name: str, number: Any) -> Any:
     """Checks Python and numpy numbers, since under `inject_hyperparams` it may be an array; too large for int32 is never."""
     if isinstance(number, jax.Array):
         return number
@@ -357,7 +357,7 @@ def _as_count(name: str, number: Any) -> Any:
     return min(int(number), 2**31 - 1)
 
 
-def _constraint_rules(
+def _compile_rules(
     constraint: ConstraintSpec,
 ) -> list[tuple[re.Pattern[str], Constraint | None]]:
     if not isinstance(constraint, Mapping):
@@ -396,7 +396,7 @@ def _assign_constraints(
     return chosen
 
 
-def _zeros_alike(w: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _zeros_sharded_like(w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Zeros sharded like `w`."""
     if isinstance(w, jax.core.Tracer):
         # Under jit plain zeros depend on nothing, so nothing says where they go. These depend on w,
@@ -405,7 +405,7 @@ def _zeros_alike(w: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.zeros_like(w, dtype=dtype)
 
 
-def _shard_alike(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptState:
+def _shard_like(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptState:
     """The optimizer state with every array of a multiplier's shape at a multiplier's path sharded like it, under `jit` too."""
     by_path = dict(flatten_with_paths(multipliers))
 

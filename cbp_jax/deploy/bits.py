@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
     """Codes below `2**bits`, shape=(n,), as a string of bits, shape=(ceil(n * bits / 8),), dtype=uint8."""
-    group, width = _group(bits)
+    group, width = _codes_per_bytes(bits)
     padded = jnp.pad(codes.astype(jnp.uint32), (0, -codes.size % group)).reshape(-1, group)
     columns = []
     for byte in range(width):
@@ -33,7 +33,7 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 
 def unpack_bits(packed: jax.Array, bits: int, size: int) -> jax.Array:
     """The first `size` codes of a string of bits, shape=(size,), in the smallest unsigned dtype."""
-    group, width = _group(bits)
+    group, width = _codes_per_bytes(bits)
     dtype = jnp.uint8 if bits <= 8 else jnp.uint16 if bits <= 16 else jnp.uint32
     needed = -(-size // group) * width
     grouped = jnp.pad(packed, (0, needed - packed.size)).reshape(-1, width)
@@ -49,7 +49,7 @@ def unpack_bits(packed: jax.Array, bits: int, size: int) -> jax.Array:
     return jnp.stack(columns, axis=1).reshape(-1)[:size]
 
 
-def _group(bits: int) -> tuple[int, int]:
+def _codes_per_bytes(bits: int) -> tuple[int, int]:
     """The smallest number of codes that fill whole bytes, and how many bytes."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common

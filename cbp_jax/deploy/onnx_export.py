@@ -95,14 +95,14 @@ def export_onnx(
 
     Reference: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
     """
-    to_onnx = _converter()
+    to_onnx = _import_to_onnx()
     if weight_type not in _OPSETS:
         raise ValueError(
             f"no weight type {weight_type!r}: give {', '.join(map(repr, INTEGERS))} or {FLOAT!r}"
         )
-    inputs = _as_inputs(example_input)
+    inputs = _check_inputs(example_input)
     leaves = dict(flatten_with_paths(params))
-    forward = _forward(model, params)
+    forward = _as_function_of_paths(model, params)
     constrained = constrained_leaves(params, opt_state)
     weights = {f"weight:{i}": graph_weight(leaf, weight_type) for i, leaf in enumerate(constrained)}
 
@@ -120,7 +120,7 @@ def export_onnx(
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     opset, ir_version = _OPSETS[weight_type]
-    input_names = _names("input", len(inputs))
+    input_names = _numbered_names("input", len(inputs))
     try:
         converted: onnx.ModelProto = to_onnx(
             traced,
@@ -132,7 +132,7 @@ def export_onnx(
                 ),
             ],
             input_names=[*input_names, *weights],
-            output_names=_names("output", len(expected[0])),
+            output_names=_numbered_names("output", len(expected[0])),
             opset=opset,
         )
     except Exception as error:
@@ -143,12 +143,12 @@ def export_onnx(
     make_fusible(converted.graph)
     remove_unused(converted.graph)
     named = [dict(zip(input_names, batch, strict=True)) for batch in batches]
-    difference, slow = _check(
+    difference, slow = _compare_with_runtime(
         converted, named, expected, [weight.name for weight in weights.values()]
     )
     if slow:
         unpack_when_loaded(converted.graph, slow)
-        difference, _ = _check(converted, named, expected, slow)
+        difference, _ = _compare_with_runtime(converted, named, expected, slow)
         warnings.warn(
             f"ONNX Runtime does not multiply by the packed integers of {', '.join(map(repr, slow))}: it would unpack them at every "
             "call, slower than float32, so the file has it unpack them when it loads them. These layers are as fast, and as large "
@@ -160,7 +160,7 @@ def export_onnx(
     return difference
 
 
-def _converter() -> Callable[..., Any]:
+def _import_to_onnx() -> Callable[..., Any]:
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -172,7 +172,7 @@ def _converter() -> Callable[..., Any]:
     return to_onnx
 
 
-def _as_inputs(example_input: Any) -> list[jax.Array]:
+def _check_inputs(example_input: Any) -> list[jax.Array]:
     inputs = [
         jnp.asarray(x)
         for x in (example_input if isinstance(example_input, tuple) else (example_input,))
@@ -186,7 +186,7 @@ def _as_inputs(example_input: Any) -> list[jax.Array]:
     return inputs
 
 
-def _forward(model: Any, params: PyTree) -> Forward:
+def _as_function_of_paths(model: Any, params: PyTree) -> Forward:
     """The model as a function of parameters by path, and of the inputs; with a list of outputs."""
     nnx = sys.modules.get("flax.nnx")  # as long as nobody has imported it, the model is no module
     if nnx is not None and isinstance(model, nnx.Module):
@@ -197,7 +197,7 @@ def _forward(model: Any, params: PyTree) -> Forward:
         def apply(tree: PyTree, *inputs: Any) -> Any:
             return nnx.merge(graphdef, tree, rest)(*inputs)
 
-        _check_paths(template, params)
+        _check_same_paths(template, params)
     else:
         template, apply = params, model
     paths, structure = (
@@ -213,7 +213,7 @@ def _forward(model: Any, params: PyTree) -> Forward:
     return forward
 
 
-def _check_paths(template: PyTree, params: PyTree) -> None:
+def _check_same_paths(template: PyTree, params: PyTree) -> None:
     """Refuses parameters that are not those of the module."""
     shapes, given = (
         {path: jnp.shape(leaf) for path, leaf in flatten_with_paths(tree)}
@@ -229,11 +229,11 @@ def _check_paths(template: PyTree, params: PyTree) -> None:
         )
 
 
-def _names(name: str, count: int) -> list[str]:
+def _numbered_names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
 
 
-def _check(
+def _compare_with_runtime(
     model: "onnx.ModelProto",
     batches: Sequence[dict[str, Any]],
     expected: Sequence[Sequence[jax.Array]],
@@ -277,7 +277,7 @@ def _check(
         for got, wanted in zip(outputs, expected, strict=True)
         for pair in zip(got, wanted, strict=True)
     ]
-    difference = max(_difference(got, np.asarray(wanted)) for got, wanted in pairs)
+    difference = max(_relative_difference(got, np.asarray(wanted)) for got, wanted in pairs)
     if not difference <= _TOLERANCE:
         raise ValueError(
             f"the outputs of the ONNX model differ from JAX's by {difference:.2g} of the largest, more than {_TOLERANCE:g}: "
@@ -287,7 +287,7 @@ def _check(
     return difference, slow
 
 
-def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
+def _relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:
     """The largest difference as a share of the largest finite value; infinite if shapes differ, or what is not finite."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     finite = np.isfinite(wanted)

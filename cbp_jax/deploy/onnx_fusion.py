@@ -118,7 +118,7 @@ def unfused(optimized: Path, weights: Iterable[str]) -> list[str]:
 
     graph = onnx.load(optimized, load_external_data=False).graph
     unpacked = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
-    return [weight for weight in weights if any(_is_of(name, weight) for name in unpacked)]
+    return [weight for weight in weights if any(_is_copy_of(name, weight) for name in unpacked)]
 
 
 def unpack_when_loaded(graph: "onnx.GraphProto", weights: Iterable[str]) -> None:
@@ -128,7 +128,7 @@ def unpack_when_loaded(graph: "onnx.GraphProto", weights: Iterable[str]) -> None
     weights, nodes = list(weights), []
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and any(
-            _is_of(node.input[0], weight) for weight in weights
+            _is_copy_of(node.input[0], weight) for weight in weights
         ):
             (integers, scales), made = node.input, free_name(graph, f"{node.input[0]}:float")
             nodes.append(
@@ -143,6 +143,6 @@ def unpack_when_loaded(graph: "onnx.GraphProto", weights: Iterable[str]) -> None
     graph.node.extend(nodes)
 
 
-def _is_of(integers: str, weight: str) -> bool:
+def _is_copy_of(integers: str, weight: str) -> bool:
     """Whether integers are those of a weight, or one of its copies."""
     return integers == weight or integers.startswith(f"{weight}:")

@@ -68,7 +68,7 @@ def graph_weight(leaf: ConstrainedLeaf, weight_type: str) -> GraphWeight:
     return GraphWeight(
         name,
         np.array(integers).astype(getattr(jnp, weight_type))[codes],
-        _shrunk(np.asarray(scale)),
+        _drop_constant_axes(np.asarray(scale)),
     )
 
 
@@ -114,8 +114,10 @@ def put_weights(model: "onnx.ModelProto", weights: Mapping[str, GraphWeight]) ->
     Transpositions and reshapings of a weight are done here, once, instead of in the graph.
     """
     graph = model.graph
-    _keep(graph.input, lambda value: value.name not in weights)
-    nodes = [node for name, weight in weights.items() for node in _place(graph, name, weight)]
+    _filter_field(graph.input, lambda value: value.name not in weights)
+    nodes = [
+        node for name, weight in weights.items() for node in _produce_weight(graph, name, weight)
+    ]
     nodes += graph.node
     del graph.node[:]
     graph.node.extend(nodes)
@@ -128,10 +130,12 @@ def remove_unused(graph: "onnx.GraphProto") -> None:
     used = {name for node in all_nodes(graph) for name in node.input} | {
         value.name for value in graph.output
     }
-    _keep(graph.initializer, lambda tensor: tensor.name in used)
+    _filter_field(graph.initializer, lambda tensor: tensor.name in used)
 
 
-def _place(graph: "onnx.GraphProto", value: str, weight: GraphWeight) -> "list[onnx.NodeProto]":
+def _produce_weight(
+    graph: "onnx.GraphProto", value: str, weight: GraphWeight
+) -> "list[onnx.NodeProto]":
     """Adds initializers that make a value of the graph; returns the nodes still to add, which make it of them."""
     from onnx import TensorProto, helper
 
@@ -140,19 +144,19 @@ def _place(graph: "onnx.GraphProto", value: str, weight: GraphWeight) -> "list[o
     for node in [
         node for node in graph.node if value in node.input and outputs.isdisjoint(node.output)
     ]:
-        if move := _move(node, graph):
+        if move := _rearrangement(node, graph):
             graph.node.remove(node)
-            added += _place(graph, node.output[0], _moved(weight, move))
+            added += _produce_weight(graph, node.output[0], _rearranged(weight, move))
     users = [node for node in all_nodes(graph) if value in node.input]
     if not users:
         return added
     if (
-        _fuses(weight)
+        _is_fusible(weight)
         and all(_is_product(node, value) for node in users)
-        and not _in_parts(graph, users)
+        and not _any_in_subgraph(graph, users)
     ):
-        return [*added, *(_dequantize(graph, node, value, weight) for node in users)]
-    name = _add(graph, weight.name, weight.values)
+        return [*added, *(_dequantize_for(graph, node, value, weight) for node in users)]
+    name = _add_initializer(graph, weight.name, weight.values)
     if weight.scale is None:
         for node in users:
             node.input[:] = [name if input == value else input for input in node.input]
@@ -164,14 +168,14 @@ def _place(graph: "onnx.GraphProto", value: str, weight: GraphWeight) -> "list[o
         ),
         helper.make_node(
             "Mul",
-            [f"{name}:float", _add(graph, f"{name}:scale", weight.scale)],
+            [f"{name}:float", _add_initializer(graph, f"{name}:scale", weight.scale)],
             [value],
             name=f"{name}:weight",
         ),
     ]
 
 
-def _dequantize(
+def _dequantize_for(
     graph: "onnx.GraphProto", product: "onnx.NodeProto", value: str, weight: GraphWeight
 ) -> "onnx.NodeProto":
     """The node that makes the weight of one product.
@@ -182,8 +186,8 @@ def _dequantize(
     from onnx import helper
 
     assert weight.scale is not None
-    name = _add(graph, weight.name, weight.values)
-    scale = _add(
+    name = _add_initializer(graph, weight.name, weight.values)
+    scale = _add_initializer(
         graph, f"{name}:scale", np.broadcast_to(weight.scale.reshape(-1), weight.values.shape[1:])
     )
     own = name.replace(weight.name, value)  # as distinct as the name
@@ -192,7 +196,7 @@ def _dequantize(
     return helper.make_node("DequantizeLinear", [name, scale], [own], name=f"{name}:weight", axis=1)
 
 
-def _add(graph: "onnx.GraphProto", name: str, values: np.ndarray) -> str:
+def _add_initializer(graph: "onnx.GraphProto", name: str, values: np.ndarray) -> str:
     """Adds an initializer under the name, or one like it if it is taken."""
     from onnx import numpy_helper
 
@@ -203,12 +207,12 @@ def _add(graph: "onnx.GraphProto", name: str, values: np.ndarray) -> str:
     return name
 
 
-def _in_parts(graph: "onnx.GraphProto", users: "list[onnx.NodeProto]") -> bool:
+def _any_in_subgraph(graph: "onnx.GraphProto", users: "list[onnx.NodeProto]") -> bool:
     """Whether some of the nodes are in a loop or branch, where ONNX Runtime fuses nothing with what is outside."""
     return any(all(node is not user for node in graph.node) for user in users)
 
 
-def _move(
+def _rearrangement(
     node: "onnx.NodeProto", graph: "onnx.GraphProto"
 ) -> Callable[[np.ndarray], np.ndarray] | None:
     """What a node does to its first input, if all it does is to arrange the elements anew."""
@@ -234,14 +238,14 @@ def _move(
     return None
 
 
-def _moved(weight: GraphWeight, move: Callable[[np.ndarray], np.ndarray]) -> GraphWeight:
+def _rearranged(weight: GraphWeight, move: Callable[[np.ndarray], np.ndarray]) -> GraphWeight:
     if weight.scale is None or weight.scale.ndim == 0:
         return weight._replace(values=move(weight.values))
-    scale = _shrunk(move(np.broadcast_to(weight.scale, weight.values.shape)))
+    scale = _drop_constant_axes(move(np.broadcast_to(weight.scale, weight.values.shape)))
     return weight._replace(values=move(weight.values), scale=scale)
 
 
-def _shrunk(scale: np.ndarray) -> np.ndarray:
+def _drop_constant_axes(scale: np.ndarray) -> np.ndarray:
     """With size 1 along the axes it does not change along; shape () if it is the same everywhere."""
     for axis in range(scale.ndim):
         first = scale[(slice(None),) * axis + (slice(1),)]
@@ -250,7 +254,7 @@ def _shrunk(scale: np.ndarray) -> np.ndarray:
     return scale.reshape(()) if scale.size == 1 else scale
 
 
-def _fuses(weight: GraphWeight) -> bool:
+def _is_fusible(weight: GraphWeight) -> bool:
     """Whether ONNX Runtime multiplies by these integers without unpacking them."""
     if (
         weight.values.ndim != 2
@@ -323,7 +327,7 @@ def free_name(graph: "onnx.GraphProto", name: str) -> str:
     )
 
 
-def _keep(values: Any, wanted: Callable[[Any], bool]) -> None:
+def _filter_field(values: Any, wanted: Callable[[Any], bool]) -> None:
     """Removes from a repeated field what is not wanted."""
     kept = [value for value in values if wanted(value)]
     del values[:]

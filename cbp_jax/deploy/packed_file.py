@@ -91,7 +91,7 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
     arrays: dict[str, np.ndarray] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, tensor in packed.tensors.items():
-        for inner, array in _arrays(name, tensor).items():
+        for inner, array in _stored_arrays(name, tensor).items():
             if inner in arrays or inner == "__metadata__":
                 raise ValueError(
                     f"the file already has a tensor {inner!r}: rename the parameter {name!r}"
@@ -99,15 +99,15 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
             arrays[inner] = np.ascontiguousarray(array).reshape(
                 array.shape
             )  # which gives a scalar an axis
-        entries[name] = _describe(name, tensor)
+        entries[name] = _tensor_entry(name, tensor)
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
         "tensors": text,
-        "tensors_crc32": _hex(zlib.crc32(text.encode())),
+        "tensors_crc32": _hex_crc(zlib.crc32(text.encode())),
     }
-    specs = {name: _spec(name, array) for name, array in arrays.items()}
+    specs = {name: _tensor_spec(name, array) for name, array in arrays.items()}
     with replacing(Path(path)) as new:
         safetensors.serialize_file(specs, new, metadata=metadata)
 
@@ -144,12 +144,12 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
         with safetensors.safe_open(
             path, framework="np", backend="pread"
         ) as file:  # mapped memory would count twice
-            return _read(path, file)
+            return _read_tensors(path, file)
     except safetensors.SafetensorError as error:
-        raise PackedError(f"{path} is damaged: {_where(path) or error}") from error
+        raise PackedError(f"{path} is damaged: {_describe_truncation(path) or error}") from error
 
 
-def _read(path: Path, file: Any) -> Packed:
+def _read_tensors(path: Path, file: Any) -> Packed:
     metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT:
         raise PackedError(
@@ -160,7 +160,7 @@ def _read(path: Path, file: Any) -> Packed:
             f"{path} is of format version {metadata.get('version')!r}, and this cbp_jax reads version {_VERSION!r}"
         )
     text = metadata.get("tensors", "")
-    if metadata.get("tensors_crc32") != _hex(zlib.crc32(text.encode())):
+    if metadata.get("tensors_crc32") != _hex_crc(zlib.crc32(text.encode())):
         raise PackedError(
             f"{path} is damaged: the description of its tensors, in the header, has changed"
         )
@@ -193,30 +193,30 @@ def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
         raise ValueError(f"shape {shape} is not one")
     if "constraint" not in entry:
         array = file.get_tensor(name)
-        _expect("shape", array.shape, shape)
-        _expect("dtype", array.dtype, dtype)
-        _expect("check sum", _hex(_crc(array)), entry["crc32"])
+        _check_equal("shape", array.shape, shape)
+        _check_equal("dtype", array.dtype, dtype)
+        _check_equal("check sum", _hex_crc(_crc(array)), entry["crc32"])
         return array
     constraint = Constraint(entry["constraint"], tuple(entry["levels"]))
     codes, scale = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale")
     tensor = PackedTensor(codes, scale, constraint, shape, dtype.name)
-    _expect("bits", entry["bits"], constraint.bits)
-    _expect(
+    _check_equal("bits", entry["bits"], constraint.bits)
+    _check_equal(
         "number of bytes",
         (codes.shape, codes.dtype),
         (((math.prod(shape) * constraint.bits + 7) // 8,), np.dtype("uint8")),
     )
-    _expect("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
-    _expect("scale_axis", _scale_axis(scale), entry["scale_axis"])
+    _check_equal("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
+    _check_equal("scale_axis", _scale_axis(scale), entry["scale_axis"])
     if scale.ndim:
-        _expect("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
-        _expect("number of axes of the scale", scale.ndim, len(shape))
-    _expect("check sum", _hex(_crc(codes, scale)), entry["crc32"])
+        _check_equal("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
+        _check_equal("number of axes of the scale", scale.ndim, len(shape))
+    _check_equal("check sum", _hex_crc(_crc(codes, scale)), entry["crc32"])
     _check_codes(codes, constraint, tensor.size)
     return tensor
 
 
-def _expect(what: str, found: Any, expected: Any) -> None:
+def _check_equal(what: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise ValueError(f"{what} is {found}, and {expected} was expected")
 
@@ -235,7 +235,7 @@ def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:
             raise ValueError(f"some of its codes are beyond its {levels} levels")
 
 
-def _arrays(name: str, tensor: Any) -> dict[str, np.ndarray]:
+def _stored_arrays(name: str, tensor: Any) -> dict[str, np.ndarray]:
     if isinstance(tensor, PackedTensor):
         return {
             f"{name}.codes": np.asarray(tensor.codes),
@@ -244,9 +244,13 @@ def _arrays(name: str, tensor: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(tensor)}
 
 
-def _describe(name: str, tensor: Any) -> dict[str, Any]:
-    arrays = list(_arrays(name, tensor).values())
-    entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "crc32": _hex(_crc(*arrays))}
+def _tensor_entry(name: str, tensor: Any) -> dict[str, Any]:
+    arrays = list(_stored_arrays(name, tensor).values())
+    entry = {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype),
+        "crc32": _hex_crc(_crc(*arrays)),
+    }
     if not isinstance(tensor, PackedTensor):
         return entry
     constraint = tensor.constraint
@@ -269,11 +273,11 @@ def _crc(*arrays: np.ndarray) -> int:
     return crc
 
 
-def _hex(crc: int) -> str:
+def _hex_crc(crc: int) -> str:
     return f"{crc:08x}"
 
 
-def _spec(name: str, array: np.ndarray) -> safetensors.TensorSpec:
+def _tensor_spec(name: str, array: np.ndarray) -> safetensors.TensorSpec:
     try:
         return safetensors.TensorSpec(
             dtype=array.dtype.name,
@@ -287,7 +291,7 @@ def _spec(name: str, array: np.ndarray) -> safetensors.TensorSpec:
         ) from error
 
 
-def _where(path: Path) -> str:
+def _describe_truncation(path: Path) -> str:
     """Where a container that cannot be opened breaks off, or that other bytes follow; empty if its header is broken."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -59,7 +59,9 @@ class PackedTensor:
             other.shape,
             other.dtype,
         )
-        return static and _same(self.codes, other.codes) and _same(self.scale, other.scale)
+        return (
+            static and _equal_bits(self.codes, other.codes) and _equal_bits(self.scale, other.scale)
+        )
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
@@ -99,7 +101,9 @@ class Packed:
             return False
         pairs = ((tensor, other.tensors[name]) for name, tensor in self.tensors.items())
         return all(
-            a == b if isinstance(a, PackedTensor) or isinstance(b, PackedTensor) else _same(a, b)
+            a == b
+            if isinstance(a, PackedTensor) or isinstance(b, PackedTensor)
+            else _equal_bits(a, b)
             for a, b in pairs
         )
 
@@ -208,7 +212,7 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
             raise ValueError(f"two leaves have the path {path_string(path)!r}: rename one of them")
         if not is_array_like(leaf):
             continue
-        _check_here(path, leaf)
+        _check_packable(path, leaf)
         if path in constrained:
             tensors[name], moved = _pack_leaf(constrained[path])
             rounding.append(moved)
@@ -265,12 +269,12 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
     for name in leaves:
         if name not in packed.tensors:
             raise PackedError(
-                f"the packed weights have no {name!r}, which the template has; they have {_some(packed.tensors)}"
+                f"the packed weights have no {name!r}, which the template has; they have {_first_names(packed.tensors)}"
             )
     for name, tensor in packed.tensors.items():
         if name not in leaves:
             raise PackedError(
-                f"the template has no {name!r}, which the packed weights have; it has {_some(leaves)}"
+                f"the template has no {name!r}, which the packed weights have; it has {_first_names(leaves)}"
             )
         if tuple(tensor.shape) != jnp.shape(leaves[name]):
             raise PackedError(
@@ -288,7 +292,7 @@ def tensor_name(path: Path) -> str:
     return "/".join(key.replace("~", "~0").replace("/", "~1") or "~2" for key in path)
 
 
-def _path_of(name: str) -> Path:
+def _path_from_name(name: str) -> Path:
     keys = name.split("/") if name else []
     return tuple("" if key == "~2" else key.replace("~1", "/").replace("~0", "~") for key in keys)
 
@@ -296,7 +300,7 @@ def _path_of(name: str) -> Path:
 def _nested(tensors: dict[str, Any]) -> PyTree:
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        path = _path_of(name)
+        path = _path_from_name(name)
         if not path:
             return tensor
         node = tree
@@ -306,11 +310,11 @@ def _nested(tensors: dict[str, Any]) -> PyTree:
     return tree
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, itertools.islice(names, 5))) or "none"
 
 
-def _same(a: Any, b: Any) -> bool:
+def _equal_bits(a: Any, b: Any) -> bool:
     """Whether two arrays are equal to the bit."""
     a, b = np.asarray(a), np.asarray(b)
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
@@ -321,7 +325,7 @@ def is_array_like(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _check_here(path: Path, leaf: Any) -> None:
+def _check_packable(path: Path, leaf: Any) -> None:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise TypeError(
             f"{path_string(path)!r} cannot be packed: it is {type(leaf).__name__}, and only arrays can be"
@@ -339,7 +343,7 @@ def _check_here(path: Path, leaf: Any) -> None:
 
 def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
     layer = path_string(leaf.path)
-    codes, moved, furthest, finite = _encode(leaf.weight, leaf.scale, leaf.constraint)
+    codes, moved, furthest, finite = _encode_weights(leaf.weight, leaf.scale, leaf.constraint)
     if not finite:
         raise ValueError(
             f"{layer!r} cannot be packed: some of its weights are NaN, or its scale is not finite"
@@ -353,7 +357,7 @@ def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _encode(
+def _encode_weights(
     w: jax.Array, scale: jax.Array, constraint: Constraint
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The packed codes; how many weights are off their level, the largest distance, and whether all are numbers."""
@@ -371,20 +375,20 @@ def _encode(
 def _unpack_tensor(name: str, tensor: Any, dtype: DTypeLike | None) -> jax.Array:
     own = jnp.dtype(tensor.dtype)
     if not isinstance(tensor, PackedTensor):
-        _check_width(name, own)
+        _check_dtype_enabled(name, own)
         return jnp.asarray(tensor)
     wanted = jnp.dtype(dtype or own)
-    _check_width(name, wanted)
-    return _decode(tensor, wanted)
+    _check_dtype_enabled(name, wanted)
+    return _decode_weights(tensor, wanted)
 
 
-def _check_width(name: str, dtype: jnp.dtype) -> None:
+def _check_dtype_enabled(name: str, dtype: jnp.dtype) -> None:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise PackedError(f"{name!r} is {dtype}, which JAX would cut to half: set jax_enable_x64")
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _decode(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
+def _decode_weights(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
     """The weights: as `Constraint.quantize` computes them, which decides the last bit."""
     own = jnp.dtype(tensor.dtype)
     compute = jnp.promote_types(own, jnp.float32)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from flax import nnx
 
 import cbp_jax
 
@@ -236,6 +237,29 @@ def test_level_histogram_is_int32_under_x64():
         histogram = cbp_jax.level_histogram(params, cbp_jax.cbp("binary").init(params))["w"]
         np.testing.assert_array_equal(histogram, [1, 2])
         assert histogram.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("axis", [None, -1], ids=["a tensor", "a channel"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_relative_weights(axis, compiled):
+    params, state = setup(scale_axis=axis)
+    relative = jax.jit(cbp_jax.relative_weights) if compiled else cbp_jax.relative_weights
+    weights = {"a": params["a"], "b/kernel": params["b"]["kernel"], "c": params["c"]}
+    found = relative(params, state)
+    assert found.keys() == weights.keys()
+    for path, (_, scale, _) in by_numpy(params, state).items():
+        np.testing.assert_allclose(found[path], np.float64(weights[path]) / scale, rtol=1e-6)
+
+
+def test_relative_weights_of_an_nnx_state_in_bfloat16_and_of_scale_zero():
+    params = nnx.State({"w": nnx.Param(jnp.array([[0.5, -1.5]], jnp.bfloat16))})
+    state = cbp_jax.cbp("binary").init(params)
+    relative = cbp_jax.relative_weights(params, state)["w"]
+    assert relative.dtype == jnp.float32
+    np.testing.assert_array_equal(relative, [[0.5, -1.5]])
+    unmeasured = jax.jit(cbp_jax.cbp("binary").init)({"w": jnp.zeros((1, 2))})
+    relative = cbp_jax.relative_weights({"w": jnp.array([[3.0, -1.0]])}, unmeasured)["w"]
+    np.testing.assert_array_equal(relative, [[3, -1]])
 
 
 def test_several_links_and_none_constrained():

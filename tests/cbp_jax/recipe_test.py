@@ -168,6 +168,51 @@ def test_the_learning_rate_drops_with_the_window_of_the_same_call():
     np.testing.assert_allclose(steps, [-0.125, -0.125, -0.0125, -0.0125], rtol=1e-6)
 
 
+SCHEDULE = optax.linear_schedule(1.0, 0.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("rate", "initial_window", "expected"),
+    [
+        (0.5, 1.0, [0.5] * 6),
+        (jnp.float32(0.5), 9.0, [0.5, 0.5, 0.5, 0.5, 0.05, 0.05]),
+        (SCHEDULE, 1.0, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375]),
+        (SCHEDULE, 10.0, [1.0, 0.875, 0.075, 0.0625, 0.05, 0.0375]),
+        (SCHEDULE, 20.0, [0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375]),
+    ],
+    ids=["constant", "array, decayed", "schedule", "schedule, decayed", "decayed from the start"],
+)
+def test_state_holds_the_applied_learning_rate(rate, initial_window, expected):
+    """After each call the rate it applied; after init the one that the first call will apply."""
+    params = {"w": jnp.array([[0.5, -0.5]])}
+    optimizer = cbp_jax.cbp_sgd(
+        rate,
+        "binary",
+        steps_per_epoch=2,
+        patience=1,
+        initial_window=initial_window,
+        momentum=None,
+        weight_decay=0.0,
+        multiplier_learning_rate=0.0,
+        weight_bound=None,
+    )
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    rates = [optax.tree_utils.tree_get(state, "learning_rate")]
+    for _ in expected:
+        updates, state = update({"w": jnp.full((1, 2), 0.125)}, state, params, value=1.0)
+        rates.append(optax.tree_utils.tree_get(state, "learning_rate"))
+        np.testing.assert_array_equal(updates["w"], np.full((1, 2), -0.125) * rates[-1])
+    np.testing.assert_allclose(rates, [expected[0], *expected], rtol=1e-6)
+    assert {(r.shape, r.dtype, r.weak_type) for r in rates} == {((), jnp.dtype("float32"), False)}
+
+
+def test_no_two_arrays_of_the_recipe_share_a_buffer():
+    rate, params = jnp.float32(0.1), {"w": jnp.array([[0.5, -0.5]])}
+    state = cbp_jax.cbp_sgd(rate, "binary").init(params)
+    leaves = jax.tree.leaves((rate, params, state))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 def test_defaults_of_the_signature():
     """The paper's numbers, all at once: by hand for the first step."""
     params = {"w": jnp.array([[-2.0, -1.0, 0.25, 0.75]]), "bias": jnp.array([3.0])}

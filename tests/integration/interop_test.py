@@ -250,6 +250,7 @@ def test_inject_hyperparams_schedules_numbers():
     for _ in range(3):
         updates, state = update({"w": jnp.full((1, 2), 3.0)}, state, params, value=1.0)
         rates.append(float(state.hyperparams["learning_rate"]))
+        assert state.inner_state.learning_rate == rates[-1]
     np.testing.assert_allclose(rates, [0.1, 0.075, 0.05], rtol=1e-6)
     velocity = (0.5 * (1 + 0.9 + 0.81)) + 1e-4 * np.array([0.5, -0.5]) * (1 + 0.9 + 0.81)
     np.testing.assert_allclose(updates["w"][0], -0.05 * velocity, rtol=1e-5)

@@ -160,7 +160,7 @@ def test_eight_devices_give_the_result_of_one(fsdp, on_one_device, everything_sh
     )
     kernel = state.params["layer2"][0]["conv1"]["kernel"]
     multiplier = state.opt_state.cbp.multipliers["layer2"][0]["conv1"]["kernel"]
-    momentum = state.opt_state.sgd[2][0].trace["layer2"][0]["conv1"]["kernel"]
+    momentum = state.opt_state.sgd[2].trace["layer2"][0]["conv1"]["kernel"]
     for array in (kernel, multiplier, momentum):
         assert array.addressable_shards[0].data.size == array.size // fsdp
 
