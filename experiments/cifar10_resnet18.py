@@ -1,32 +1,25 @@
 """CBP on CIFAR-10 with ResNet-18, whose stem is a 3x3 convolution without pooling.
 
     python experiments/cifar10_resnet18.py --config.phase=pretrain --workdir=runs/cifar_resnet18
-    python experiments/cifar10_resnet18.py --config.pretrained=runs/cifar_resnet18
-    --config.constraint=binary \\
-        --workdir=runs/cifar_resnet18_binary
+    python experiments/cifar10_resnet18.py --config.pretrained=runs/cifar_resnet18 \\
+        --config.constraint=binary --workdir=runs/cifar_resnet18_binary
 
-The same command resumes a stopped run. For an accelerator: a step is more than ten times the
-arithmetic of ResNet-20's.
+Rerun the same command to resume. For an accelerator: a step costs more than ten times ResNet-20's.
 """
 
+import cifar10_resnet20
 import ml_collections
-from cifar10_resnet20 import get_config as resnet20_config
-from common import config as settings
+from common import launch
 
 
 def get_config() -> ml_collections.ConfigDict:
     """As for ResNet-20, but computed in bfloat16."""
-    config = resnet20_config()
+    config = cifar10_resnet20.get_config()
+    config.experiment = "cifar10_resnet18"
     config.network = "cifar_resnet18"
     config.dtype = "bfloat16"
     return config
 
 
-def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common.training import run as runner
-
-    runner.main("cifar10_resnet18", config, workdir)
-
-
 if __name__ == "__main__":
-    settings.run_main(get_config(), "", main)
+    launch.run(get_config())

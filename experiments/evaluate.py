@@ -1,53 +1,40 @@
-"""Top-1, top-5 and constraint-failure score of a run's newest checkpoint, or the accuracy of a
-PyTorch file.
+"""Accuracy and constraint-failure score of a run's newest checkpoint, or accuracy of a PyTorch file.
 
     python experiments/evaluate.py --workdir=runs/digits/binary
-    python experiments/evaluate.py --workdir=runs/resnet50_binary
     python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent
     python experiments/evaluate.py --network=resnet50 --pretrained=resnet50.pth --data_dir=DIR
 
-A run says in its `config.json` what it is; `--data`, `--data_dir`, `--batch_size` and `--limit` may
-differ from it. Of a small experiment (digits, Fashion-MNIST) all test images count, and
-`--data_dir` alone may differ.
+A run's `config.json` says what it is; `--data`, `--data_dir` and `--batch_size` may differ.
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_collections
 from absl import app, flags, logging
-from common import config as settings
-from common.input.open import Loader, open_data
-from common.training import restore as finished
-from common.training import run as runner
-from common.training import setup as networks
+from common.input.open import open_data
+from common.training.restore import Run, evaluation_config, restore
+from common.training.setup import make_evaluation, make_setup
 from ml_collections import config_dict
 
 import cbp_jax
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "The folder of a run.")
-_WEIGHTS = flags.DEFINE_enum(
-    "weights", "quantized", ("quantized", "latent"), "Which weights of a run to evaluate."
-)
-_NETWORK = flags.DEFINE_string(
-    "network", "", "The network of a PyTorch file: alexnet, resnet18, resnet50, googlenet, ..."
-)
+_WEIGHTS = flags.DEFINE_enum("weights", "quantized", ("quantized", "latent"), "Which to evaluate.")
+_NETWORK = flags.DEFINE_string("network", "", "The network of a PyTorch file: resnet50, ...")
 _PRETRAINED = flags.DEFINE_string("pretrained", "", "A .pth or .safetensors file.")
-_DATA = flags.DEFINE_string("data", "", "tfds, folder or synthetic.")
+_DATA = flags.DEFINE_string("data", "", "tfds, folder, cifar10, ... instead of the run's.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "The folder of the data.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images at a time.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
 
 
-def evaluate_run(run: finished.Run, latent: bool = False) -> dict[str, float]:
-    """Accuracy and constraint-failure score of a run.
+def evaluate_run(run: Run, latent: bool = False) -> dict[str, float]:
+    """Evaluates a run.
 
     Args:
-      run: of `finished.open_run`.
-      latent: evaluate the latent weights instead of the quantized ones, where a run has both.
+      run: of `restore`.
+      latent: evaluate the latent weights of a constrained run instead of the quantized ones.
 
     Returns:
       "step", "top1", "top5", "images", "unreadable", and of a constrained run "cfs",
@@ -55,68 +42,66 @@ def evaluate_run(run: finished.Run, latent: bool = False) -> dict[str, float]:
     """
     state = run.state
     weights, scores = state.params, {"step": float(state.step)}
-    if run.constrained:
+    if run.config.phase == "post_train":
+        both = (state.params, state.opt_state)
         scores |= {
-            "cfs": float(cbp_jax.constraint_failure_score(state.params, state.opt_state)),
-            "cfs_relative": float(
-                cbp_jax.constraint_failure_score(state.params, state.opt_state, relative=True)
-            ),
+            "cfs": float(cbp_jax.constraint_failure_score(*both)),
+            "cfs_relative": float(cbp_jax.constraint_failure_score(*both, relative=True)),
             "window": float(cbp_jax.window(state.opt_state)),
         }
         if not latent:
-            weights = jax.jit(cbp_jax.quantize)(state.params, state.opt_state)
+            weights = jax.jit(cbp_jax.quantize)(*both)
     return scores | run.accuracy(weights, state.batch_stats)
 
 
-def evaluate_file(
-    config: ml_collections.ConfigDict, loader: Loader, limit: int | None = None
-) -> dict[str, float]:
-    """Accuracy of `config.pretrained` in full precision: "top1", "top5", "images", "unreadable"."""
-    networks.settle_options(config)
-    setup = runner.make_setup(config, loader.train_images)
-    return runner.Evaluation(setup, loader)(setup.network.params, setup.network.batch_stats, limit)
+def evaluate_file(fields: dict[str, object], limit: int | None = None) -> dict[str, float]:
+    """Evaluates a PyTorch file in full precision: "top1", "top5", "images", "unreadable".
 
-
-def _config_of_file(changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    config = settings.long_experiment(_NETWORK.value, "binary")
-    config.phase, config.pretrained = "pretrain", _PRETRAINED.value
-    if _NETWORK.value == "googlenet":
-        config.auxiliary_heads, config.transform_input = False, config_dict.placeholder(bool)
-    finished.apply(config, changes)
-    return config
+    Args:
+      fields: of the config; among them `network` and `pretrained`.
+      limit: evaluate on so many images; None: on all.
+    """
+    if fields["network"] == "googlenet":
+        fields = {
+            "auxiliary_heads": False,
+            "transform_input": config_dict.placeholder(bool),
+            **fields,
+        }
+    config = evaluation_config({**fields, "phase": "pretrain", "learning_rate": 0.0}, new=True)
+    loader = open_data(config)
+    setup = make_setup(config, loader)
+    evaluate = make_evaluation(setup, loader)
+    return evaluate(setup.network.params, setup.network.batch_stats, limit)
 
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
-    if (
-        len(argv) > 1
-        or bool(_WORKDIR.value) == bool(_PRETRAINED.value)
-        or bool(_PRETRAINED.value) != bool(_NETWORK.value)
-    ):
+    file = bool(_PRETRAINED.value)
+    if len(argv) > 1 or bool(_WORKDIR.value) == file or file != bool(_NETWORK.value):
         raise app.UsageError("give --workdir=RUN, or --network=NAME and --pretrained=FILE")
-    changes: dict[str, Any] = {
+    changes = {
         "data": _DATA.value,
         "data_dir": _DATA_DIR.value,
-        "batch_size": _BATCH_SIZE.value,
+        "eval_batch_size": _BATCH_SIZE.value,
     }
+    changes = {name: value for name, value in changes.items() if value}
+    limit = _LIMIT.value or None
     try:
-        if _WORKDIR.value:
-            run = finished.open_run(Path(_WORKDIR.value), changes, _LIMIT.value or None)
-            scores = evaluate_run(run, _WEIGHTS.value == "latent")
+        if file:
+            weights = {"network": _NETWORK.value, "pretrained": _PRETRAINED.value}
+            scores = evaluate_file({**weights, **changes}, limit)
         else:
-            config = _config_of_file(changes)
-            scores = evaluate_file(config, open_data(config), _LIMIT.value or None)
+            run = restore(Path(_WORKDIR.value), changes, limit)
+            scores = evaluate_run(run, _WEIGHTS.value == "latent")
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(
-        f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} of {scores['images']:.0f} images"
-    )
+    images = scores["images"]
+    print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} on {images:.0f} images")
     if scores["unreadable"]:
-        print(f"{scores['unreadable']:.0f} images could not be read and do not count")
+        print(f"{scores['unreadable']:.0f} images could not be read and are not counted")
     if "cfs" in scores:
-        print(
-            f"CFS {scores['cfs']:.2e}, CFS / scale {scores['cfs_relative']:.2e}, window {scores['window']:g}"
-        )
+        cfs, relative, g = scores["cfs"], scores["cfs_relative"], scores["window"]
+        print(f"CFS {cfs:.2e}, CFS / scale {relative:.2e}, window {g:g}")
 
 
 if __name__ == "__main__":

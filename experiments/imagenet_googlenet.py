@@ -1,85 +1,37 @@
-"""The paper's GoogLeNet on ImageNet: from pre-trained weights to binary, ternary or power-of-two
-ones.
+"""The paper's GoogLeNet on ImageNet: from pre-trained to low-bit weights.
 
-torchvision's file has the auxiliary heads too, which it never trained: they learn here with the
-rest.
+torchvision's file includes the auxiliary heads, which it never trained: they learn here.
 
     python experiments/imagenet_googlenet.py --config.constraint=binary \\
         --config.pretrained=googlenet.pth --workdir=runs/googlenet_binary
 
 ImageNet is read by TFDS as ArrayRecord (`--config.data_dir=DIR` or TFDS_DATA_DIR), or, with
-`--config.data=folder`, from DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. The same command
-resumes a stopped run. The accuracies below are the paper's, top-1 / top-5; this repository has not
-reproduced them: that takes ImageNet and days of an accelerator.
+`--config.data=folder`, from DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG. Rerun the same
+command to resume. The paper's accuracies, which this repository has not reproduced, for want of
+ImageNet and days on an accelerator:
+
+    | weights | top-1 | top-5     |
+    | ------- | ----- | --------- |
+    | binary  | 64.0  | not given |
+
+The abstract of the final version gives this number; the paper gives no others.
 """
 
-import sys
-
 import ml_collections
-from common import config as settings
+from common import launch
+from common.config import base_config
 from ml_collections import config_dict
 
 
-def binary() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_googlenet.py --config.pretrained=googlenet.pth
-    --config.constraint=binary
-
-    Paper: 64.0 (top-1, abstract of the final version).
-    """
-    return _config("binary")
-
-
-def ternary() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_googlenet.py --config.pretrained=googlenet.pth
-    --config.constraint=ternary
-
-    Paper: not given.
-    """
-    return _config("ternary")
-
-
-def one_bit_shift() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_googlenet.py --config.pretrained=googlenet.pth
-    --config.constraint=one_bit_shift
-
-    Paper: not given.
-    """
-    return _config("one_bit_shift")
-
-
-def two_bit_shift() -> ml_collections.ConfigDict:
-    """python experiments/imagenet_googlenet.py --config.pretrained=googlenet.pth
-    --config.constraint=two_bit_shift
-
-    Paper: not given.
-    """
-    return _config("two_bit_shift")
-
-
-CONFIGS = {
-    "binary": binary,
-    "ternary": ternary,
-    "one_bit_shift": one_bit_shift,
-    "two_bit_shift": two_bit_shift,
-}
-
-
-def _config(constraint: str) -> ml_collections.ConfigDict:
-    config = settings.long_experiment("googlenet", constraint)
+def get_config() -> ml_collections.ConfigDict:
+    config = base_config("imagenet_googlenet", "googlenet")
+    config.learning_rate = 1e-3
     config.auxiliary_heads = True  # in training; their kernels are not constrained
-    # torchvision's own weights expect the images normalised otherwise; None: whatever the weights'
-    # origin asks for.
+    # torchvision's own weights expect images that are normalised again; None: what the origin of
+    # the weights asks for.
     config.transform_input = config_dict.placeholder(bool)
     return config
 
 
-def main(config: ml_collections.ConfigDict, workdir: str) -> None:
-    from common.training import (
-        run as runner,  # not above: the processes that decode photos import this file too, and need no jax
-    )
-
-    runner.main("imagenet_googlenet", config, workdir)
-
-
 if __name__ == "__main__":
-    settings.run_main(settings.choose(CONFIGS, sys.argv), "", main)
+    launch.run(get_config())

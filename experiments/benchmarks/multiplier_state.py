@@ -1,17 +1,18 @@
-"""What the multipliers and their optimizer keep, and what keeping less does to accuracy: whole
-digits and Fashion-MNIST runs.
+"""What multipliers and their optimizer keep, and what keeping less does to accuracy.
 
     cd experiments && python -m benchmarks.multiplier_state --experiment=digits
-    cd experiments && TFDS_DATA_DIR=DIR python -m benchmarks.multiplier_state
-    --experiment=fashion_mnist
+    cd experiments && TFDS_DATA_DIR=DIR python -m benchmarks.multiplier_state \\
+        --experiment=fashion_mnist
 
-For each seed the network is pre-trained once; from there every constraint is trained with every
-setting. Copies are the bytes of multipliers and moments over those of the constrained weights in
-float32. Writes `results/multiplier_state_EXPERIMENT.json` and `.md`.
+For each seed a study: the network is pre-trained once, and from there every constraint is trained
+with every setting. Copies are the bytes of multipliers and moments over those of the constrained
+weights in float32. The studies are below `--workdir`, and resume; the results are written to
+`results/multiplier_state_EXPERIMENT.json` and `.md`.
 """
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import digits
@@ -19,58 +20,49 @@ import fashion_mnist
 import jax
 from absl import app, flags
 from benchmarks import timing
-from common import post_training
-from common.report.workdir import format_table
+from common import study
+from common.report.tables import format_table
+from common.report.workdir import read_metrics
+from common.training.restore import restore
+
+import cbp_jax
 
 EXPERIMENTS = {"digits": digits, "fashion_mnist": fashion_mnist}
 SETTINGS = {
-    "Adam, float32": ("adam", "float32"),
-    "capped, bfloat16": ("capped", "bfloat16"),
+    "Adam, float32": {"multiplier_rule": "adam", "multiplier_dtype": "float32"},
+    "capped, bfloat16": {"multiplier_rule": "capped", "multiplier_dtype": "bfloat16"},
 }
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", "digits", list(EXPERIMENTS), "Whose runs.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/multiplier_state", "Folder of the studies.")
 
 
 def copies(opt_state: Any) -> float:
-    """Multipliers and moments, in float32 copies of the constrained weights."""
+    """Returns the size of multipliers and moments, in float32 copies of the constrained weights."""
     state = opt_state.cbp
-    kept = sum(
-        leaf.nbytes
-        for leaf in jax.tree.leaves((state.multipliers, state.multiplier_opt_state))
-        if leaf.ndim
-    )
+    leaves = jax.tree.leaves((state.multipliers, state.multiplier_opt_state))
+    kept = sum(leaf.nbytes for leaf in leaves if leaf.ndim)
     return kept / sum(4 * leaf.size for leaf in jax.tree.leaves(state.multipliers))
 
 
 def measure() -> list[dict[str, Any]]:
-    """A row a run: the last epoch of each."""
-    experiment, rows = EXPERIMENTS[_EXPERIMENT.value], []
+    """Returns the last epoch of every run."""
+    entries, rows = [], []
+    for constraint in cbp_jax.CONSTRAINTS:
+        for setting, changes in SETTINGS.items():
+            name = f"{constraint}_{changes['multiplier_rule']}"
+            about = {"constraint": constraint, "setting": setting}
+            entries.append((study.Entry(name, {"constraint": constraint, **changes}), about))
     for seed in range(_SEEDS.value):
-        config = experiment.get_config()
+        config = EXPERIMENTS[_EXPERIMENT.value].get_config()
         config.seed = seed
-        job, params, batch_stats = post_training.make_job(
-            _EXPERIMENT.value,
-            config,
-            experiment.make_dataset(config),
-            experiment.make_model(config),
-        )
-        pretrained, _ = post_training.pretrain(job, params, batch_stats)
-        for constraint in post_training.CONSTRAINTS:
-            for setting, (rule, dtype) in SETTINGS.items():
-                config.multiplier_rule, config.multiplier_dtype = rule, dtype
-                optimizer = post_training.cbp_optimizer(job, constraint)
-                outcome = post_training.post_train(
-                    job, pretrained, optimizer, f"{constraint}, {setting}", lambda row: 0.0
-                )
-                last = outcome.rows[-1]
-                row = {
-                    "constraint": constraint,
-                    "setting": setting,
-                    "seed": seed,
-                    "copies": copies(outcome.state.opt_state),
-                }
-                rows.append(row | {name: last[name] for name in ("top1", "cfs_relative", "window")})
+        workdir = Path(_WORKDIR.value) / _EXPERIMENT.value / f"seed{seed}"
+        study.run(config, workdir, [entry for entry, _ in entries])
+        for entry, about in entries:
+            last = read_metrics(workdir / entry.name)[-1]
+            row = {**about, "seed": seed, "copies": copies(restore(workdir / entry.name).state.opt_state)}
+            rows.append(row | {name: last[name] for name in ("top1", "cfs_relative", "window")})
     return rows
 
 

@@ -1,54 +1,48 @@
-"""What a run leaves behind in its workdir: config, metrics, summary, and the table at the end."""
+"""What a run leaves in its workdir: config, metrics, weights for the histograms, summary."""
 
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 import cbp_jax
-from common.report import deploy
+from common.report import deploy, figures
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """`summary.json`: one run. Accuracies are shares of 1, of the quantized weights; sizes are of the whole network."""
+    """`summary.json`. Accuracies are fractions, of the quantized weights; sizes are in bytes."""
 
     experiment: str
-    constraint: str
+    constraint: str  # or "full precision"
+    method: str  # cbp, no_window, ste; empty in full precision
     seed: int
-    full_precision_top1: float
-    ste_top1: (
-        float | None
-    )  # the straight-through estimator alone, same start and budget; None: not run beside
+    full_precision_top1: float  # of the weights the run started from
     top1: float
     top5: float
     cfs: float
     cfs_relative: float
     bits_per_weight: int
-    bytes_packed: int  # of codes, scales and the other parameters
+    bytes_packed: int  # codes, scales and the other parameters
     bytes_float32: int
     seconds: float
-    bytes_file: int | None = (
-        None  # of the packed file: batch statistics and a header besides; None: none was written
-    )
-    file_top1: float | None = None  # read back from it
+    bytes_file: int | None = None  # of the packed file, with batch statistics and its header
+    file_top1: float | None = None  # of the weights read back from it
 
     @classmethod
     def read(cls, workdir: Path) -> "Summary":
-        """Of a run that ended; FileNotFoundError if there is none in the folder."""
+        """Reads the summary of a finished run; FileNotFoundError if it has none."""
         path = workdir / "summary.json"
         if not path.exists():
-            raise FileNotFoundError(
-                f"no run ended in {workdir}: there is no summary.json (under all constraints, name the folder of one)"
-            )
+            raise FileNotFoundError(f"no finished run in {workdir}: there is no summary.json")
         return cls(**json.loads(path.read_text()))
 
 
@@ -56,53 +50,79 @@ class Workdir:
     """A run's folder.
 
     Args:
-      path: it is made if it is not there.
-      step: the step that a run resumes from. Metrics of that step or later ones are removed,
-        because they will come again; with 0 all that an earlier run left, but its checkpoints.
+      path: of the folder, made if necessary.
+      step: the step that the run resumes from; None for a new run. Metrics of that step and later
+        ones are removed, because they will come again.
+      writes: whether this process writes; of several hosts, one does.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int = 0):
-        self.path = Path(path)
-        self.figures = self.path / "figures"
-        self.checkpoints = self.path / "checkpoints"
-        self.path.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in self.rows(self.path) if row["step"] < step] if step else []
-        for name in (
-            "metrics_ste.jsonl",
-            "summary.json",
-            "table.md",
-            deploy.PACKED_FILE,
-            deploy.ONNX_FILE,
-        ):
-            (self.path / name).unlink(missing_ok=True)
+    def __init__(self, path: Path, step: int | None = None, writes: bool = True):
+        self.path, self._step, self._writes = path, step or 0, writes
+        self._tensorboard: Any = None
+        if not writes:
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(path) if row["step"] < self._step]
+        (path / "metrics.jsonl").unlink(missing_ok=True)
         if rows:
             self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        else:
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        snapshots = ("weights_before.npz", "weights_midway.npz")
+        for name in ("summary.json", deploy.PACKED_FILE, *(snapshots if step is None else ())):
+            (path / name).unlink(missing_ok=True)
 
-    def write_config(self, config: ml_collections.ConfigDict) -> None:
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def write_config(self, config: ml_collections.FrozenConfigDict) -> None:
         self._replace("config.json", config.to_json_best_effort(indent=2) + "\n")
-
-    def _replace(self, name: str, text: str) -> None:
-        """Writes a file so that a crash leaves the old one or the new one."""
-        new = self.path / f"{name}.new"
-        new.write_text(text)
-        new.replace(self.path / name)
-
-    def append_metrics(self, metrics: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
-        """Adds a line; what is not finite becomes null, because JSON has no word for it."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(_finite(metrics)) + "\n")
-
-    @staticmethod
-    def rows(path: Path) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` in a folder; a last one that was cut off by a crash is left out."""
-        file = path / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def write_summary(self, summary: Summary) -> None:
         self._replace("summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file so that a crash leaves the old one or the new one."""
+        if self._writes:
+            new = self.path / f"{name}.new"
+            new.write_text(text)
+            new.replace(self.path / name)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds a line, and TensorBoard's scalars; what is not finite becomes null in JSON."""
+        if not self._writes:
+            return
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter  # slow to import where torch is installed
+
+            # Scalars of later steps will come again.
+            folder = str(self.path / "tensorboard")
+            self._tensorboard = SummaryWriter(folder, purge_step=self._step + 1)
+        for name, value in row.items():
+            layers = value.items() if isinstance(value, Mapping) else ((None, value),)
+            for layer, number in layers:
+                if name not in ("epoch", "step"):
+                    tag = f"{name}/{layer}" if layer else name
+                    self._tensorboard.add_scalar(tag, number, row["step"])
+        self._tensorboard.flush()
+
+    def save_weights(self, moment: str, weights: Mapping[str, np.ndarray]) -> None:
+        """Keeps the weights of "before" or "midway" for the histograms."""
+        if self._writes:
+            np.savez(self.path / f"weights_{moment}.npz", **weights)  # type: ignore[arg-type]
+
+    def load_weights(self, moment: str) -> dict[str, np.ndarray]:
+        with np.load(self.path / f"weights_{moment}.npz") as weights:
+            return dict(weights)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of `metrics.jsonl`, without a last one that a crash cut off."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def _finite(value: Any) -> Any:
@@ -111,56 +131,46 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def draw_run(
+    folder: Workdir, summary: Summary, after: Mapping[str, np.ndarray], midway: str | None
+) -> None:
+    """Draws a run's figures: accuracy and CFS over epochs, and the weights of each layer.
+
+    Args:
+      folder: of the run, with its metrics and the weights of earlier moments.
+      summary: of the run.
+      after: the weights at the end, by layer, in units of their scale.
+      midway: the title of the moment midway; None if there was none.
+    """
+    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')} weights"
+    runs = {summary.method: read_metrics(folder.path)}
+    path = folder.path / "figures"
+    figures.plot_training(path / "training.png", title, runs, summary.full_precision_top1)
+    moments = {"before": folder.load_weights("before")}
+    if midway:
+        moments[f"midway: {midway}"] = folder.load_weights("midway")
+    moments["after"] = dict(after)
+    levels = cbp_jax.get_constraint(summary.constraint).levels
+    for layer in after:
+        snapshots = {moment: weights[layer] for moment, weights in moments.items()}
+        name = f"weights_{layer.replace('/', '_')}.png"
+        figures.plot_weights(path / name, f"{title}: {layer}", snapshots, levels)
+
+
 def float32_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays of a tree as float32."""
+    """Returns the bytes of all arrays of a tree as float32."""
     return sum(4 * leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def packed_bytes(params: PyTree, opt_state: PyTree) -> tuple[int, int]:
-    """Bytes of the parameters with constrained weights as packed codes and a float32 scale, and of
-    all as float32.
-
-    Counted from the bits of each constraint, without the container's header.
-    """
-    float32 = float32_bytes(params)
-    packed = float32
-    for layer in jax.eval_shape(cbp_jax.layer_report, params, opt_state).layers:  # sizes alone
+def packed_bytes(params: PyTree, opt_state: PyTree) -> int:
+    """Returns the bytes of the parameters with packed codes and float32 scales, without a header."""
+    packed = float32_bytes(params)
+    layers = jax.eval_shape(cbp_jax.layer_report, params, opt_state).layers  # sizes alone
+    for layer in layers:
         packed += -4 * layer.weights + (layer.weights * layer.bits + 7) // 8 + 4 * layer.scales
-    return packed, float32
+    return packed
 
 
 def size_text(count: int) -> str:
-    """Bytes as kB, from a million on as MB."""
+    """Returns bytes as kB, from a million on as MB."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in lines
-    )
-
-
-def results_table(summaries: Sequence[Summary]) -> str:
-    """One line per constraint: accuracies before and after, whether the constraint is met, and what it saves."""
-    columns: dict[str, list[str]] = {
-        "constraint": [s.constraint for s in summaries],
-        "full precision": [f"{s.full_precision_top1:.2%}" for s in summaries],
-        "STE": ["" if s.ste_top1 is None else f"{s.ste_top1:.2%}" for s in summaries],
-        "CBP": [f"{s.top1:.2%}" for s in summaries],
-        "CFS": [f"{s.cfs:.1e}" for s in summaries],
-        "CFS / scale": [f"{s.cfs_relative:.1e}" for s in summaries],
-        "bits per weight": [str(s.bits_per_weight) for s in summaries],
-        "size": [f"{size_text(s.bytes_packed)} of {size_text(s.bytes_float32)}" for s in summaries],
-        "packed file": ["" if s.bytes_file is None else size_text(s.bytes_file) for s in summaries],
-        "CBP from the file": [
-            "" if s.file_top1 is None else f"{s.file_top1:.2%}" for s in summaries
-        ],
-    }
-    columns = {
-        name: cells for name, cells in columns.items() if any(cells)
-    }  # not every run has all of them
-    return format_table(tuple(columns), list(zip(*columns.values(), strict=True)))

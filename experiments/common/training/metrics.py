@@ -1,67 +1,83 @@
-"""What a run watches of its CBP state."""
+"""What a run measures at the end of an epoch."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
 import cbp_jax
+from common.training.setup import Evaluate, Setup
 from common.training.step import TrainState
 
 PyTree = Any
-
 # Enough for a histogram; a layer of millions need not leave the device.
 _SAMPLE = 2**16
 
 
+def epoch_row(
+    state: TrainState, setup: Setup, evaluate: Evaluate, images_per_second: float
+) -> dict[str, Any]:
+    """Returns a line of `metrics.jsonl`, from the state after an epoch's last step."""
+    sums, step = jax.device_get(state.sums), int(state.step)
+    row: dict[str, Any] = {
+        "epoch": step // setup.steps_per_epoch,
+        "step": step,
+        "loss": float(sums.loss) / int(sums.steps),
+    }
+    constrained = setup.weights_fn is cbp_jax.quantize
+    if constrained:
+        row |= {name: float(value) for name, value in _cbp_metrics(state).items()}
+        row["lagrangian"] /= setup.steps_per_epoch
+    accuracy = evaluate(jax.jit(setup.weights_fn)(state.params, state.opt_state), state.batch_stats)
+    row |= {
+        # As the optimizer applied it in the last step.
+        "learning_rate": float(optax.tree_utils.tree_get(state.opt_state, "learning_rate")),
+        "top1": accuracy["top1"],
+        "top5": accuracy["top5"],
+    }
+    if constrained:
+        row["violation"] = {name: float(v) for name, v in _layer_violations(state).items()}
+    return row | {"images_per_second": images_per_second, "unreadable": int(sums.unreadable)}
+
+
 @jax.jit
-def cbp_metrics(state: TrainState) -> dict[str, jax.Array]:
-    """Of the state after an epoch's last step; the Lagrangian is summed over the epoch."""
+def _cbp_metrics(state: TrainState) -> dict[str, jax.Array]:
+    """The Lagrangian is summed over the epoch."""
+    params, opt_state = state.params, state.opt_state
     return {
-        "lagrangian": state.opt_state.cbp.lagrangian_sum,
-        "window": cbp_jax.window(state.opt_state),
-        "cfs": cbp_jax.constraint_failure_score(state.params, state.opt_state),
-        "cfs_relative": cbp_jax.constraint_failure_score(
-            state.params, state.opt_state, relative=True
-        ),
+        "lagrangian": opt_state.cbp.lagrangian_sum,
+        "window": cbp_jax.window(opt_state),
+        "cfs": cbp_jax.constraint_failure_score(params, opt_state),
+        "cfs_relative": cbp_jax.constraint_failure_score(params, opt_state, relative=True),
     }
 
 
 @jax.jit
-def layer_violations(state: TrainState) -> dict[str, jax.Array]:
+def _layer_violations(state: TrainState) -> dict[str, jax.Array]:
     """The mean violation of each constrained layer, in units of its scale."""
-    return {
-        layer.layer: layer.violation
-        for layer in cbp_jax.layer_report(state.params, state.opt_state).layers
-    }
+    layers = cbp_jax.layer_report(state.params, state.opt_state).layers
+    return {layer.layer: layer.violation for layer in layers}
 
 
 def relative_weights(state: TrainState) -> dict[str, np.ndarray]:
-    """Latent weights of each constrained layer in units of their scale; evenly spaced ones, if
-    there are very many.
+    """Returns each constrained layer's latent weights in units of their scale, for a histogram.
 
-    With several hosts it must be called on all of them.
+    Of a very large layer, evenly spaced weights. Call it on all hosts: each gets all weights.
     """
-    lies = state.step.sharding  # on every device of a mesh, so that each host has all of them
-    whole = jax.jit(
-        _relative_weights, out_shardings=lies if isinstance(lies, NamedSharding) else None
-    )
-    return {layer: np.asarray(weights) for layer, weights in whole(state).items()}
 
+    def sampled(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:
+        layers = cbp_jax.relative_weights(params, opt_state)
+        return {
+            name: w.ravel()[:: w.size // _SAMPLE + 1] if w.size > _SAMPLE else w
+            for name, w in layers.items()
+        }
 
-def _relative_weights(state: TrainState) -> dict[str, jax.Array]:
-    scales = jax.tree_util.tree_flatten_with_path(state.opt_state.cbp.weight_scale)[0]
-    weights = dict(jax.tree_util.tree_flatten_with_path(state.params)[0])
-    relative = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): weights[path] / scale
-        for path, scale in scales
-    }
-    return {
-        layer: w.ravel()[:: w.size // _SAMPLE + 1] if w.size > _SAMPLE else w
-        for layer, w in relative.items()
-    }
+    sharding = state.step.sharding  # replicated on a mesh
+    whole = jax.jit(sampled, out_shardings=sharding if isinstance(sharding, NamedSharding) else None)
+    return jax.tree.map(np.asarray, whole(state.params, state.opt_state))
 
 
 @jax.jit

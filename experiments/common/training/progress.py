@@ -4,33 +4,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
 from tqdm import tqdm
 
-# The graphic takes what the rest leaves; elapsed time and, in long runs, rate are there before the
-# first figures.
-_SMALL = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-_LONG = "{desc} {percentage:3.0f}%|{bar}|<{remaining}, {rate_fmt}{postfix}"
-
-
-def epochs(total: int, description: str) -> tqdm:
-    """The bar of a small run, which counts epochs."""
-    return tqdm(
-        total=total,
-        desc=description.ljust(17),
-        unit="epoch",
-        mininterval=0.5,
-        dynamic_ncols=True,
-        bar_format=_SMALL,
-    )
+# The graphic takes what the rest leaves; the rate is known before the first figures.
+_FORMAT = "{desc} {percentage:3.0f}%|{bar}|<{remaining}, {rate_fmt}{postfix}"
 
 
 def images(total: int, done: int, description: str, shown: bool) -> tqdm:
-    """The bar of a long run, which counts images and may begin in the middle.
+    """Returns a bar that counts images and may begin in the middle.
 
     Args:
       total: images of the whole run.
-      done: those seen before it was stopped.
-      description: what it does, in up to 14 letters.
+      done: those seen by earlier processes.
+      description: what it does.
       shown: whether this process shows it.
     """
     return tqdm(
@@ -39,15 +26,23 @@ def images(total: int, done: int, description: str, shown: bool) -> tqdm:
         desc=description,
         unit="img",
         unit_scale=True,
-        mininterval=1,
+        mininterval=0.5,
         dynamic_ncols=True,
         disable=not shown,
-        bar_format=_LONG,
+        bar_format=_FORMAT,
     )
 
 
+def description(config: ml_collections.FrozenConfigDict) -> str:
+    """Returns what a bar's run does, in up to 17 letters, 13 where a window is shown."""
+    if config.phase == "pretrain":
+        return "full precision"
+    label = {"cbp": "", "ste": " STE", "no_window": " g=inf"}[config.method]
+    return config.constraint + label
+
+
 def figures(row: Mapping[str, Any], with_window: bool) -> str:
-    """What the bar says of an epoch: accuracy, and of a constrained network its CFS and, where one closes, the window."""
+    """Returns an epoch's accuracy and, under a constraint, its CFS and the window if one closes."""
     if "cfs" not in row:
         return f"loss {row['loss']:.3f}, top-1 {row['top1']:.2%}"
     shown = [f"top-1 {row['top1']:.2%}", f"CFS {row['cfs']:.1e}"]

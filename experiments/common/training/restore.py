@@ -1,145 +1,126 @@
-"""Reading a run again: its config, its state, and the data to evaluate it on."""
+"""A run on the disk: its state is saved, restored to resume, and read again once it has ended."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits
-import fashion_mnist
 import ml_collections
 from flax import nnx
 
-from common import config as settings
-from common import post_training
-from common.input.open import Loader, open_data
-from common.report.workdir import Summary
-from common.training import loop
-from common.training import run as runner
-from common.training import setup as networks
-from common.training import step as train
+from common.config import base_config
+from common.input.batch import Batch, Preprocess
+from common.input.open import open_data
 from common.training.checkpoints import Checkpoints
+from common.training.settle import saved_config, settle
+from common.training.setup import initial_state, make_evaluation, make_setup
+from common.training.step import TrainState
 
 PyTree = Any
-_SMALL: dict[str, Any] = {"digits": digits, "fashion_mnist": fashion_mnist}
+
+
+class Record(NamedTuple):
+    """What a run remembers beside its state; saved as JSON with each checkpoint."""
+
+    images: int  # to train on
+    steps_per_epoch: int
+    seconds: float = 0.0  # of all its processes
+    full_precision_top1: float | None = None  # of the weights it started from
+    first_cfs: float | None = None  # CFS / scale after the first epoch
+    midway: str | None = None  # the epoch whose weights were kept for the histograms
 
 
 class Run(NamedTuple):
     """A run that was read again, and the data to evaluate it on."""
 
+    config: ml_collections.FrozenConfigDict
     graphdef: nnx.GraphDef
-    state: train.TrainState  # with latent weights
-    constrained: bool  # whether `state.opt_state` is CBP's
+    state: TrainState  # with latent weights
     accuracy: Callable[[PyTree, PyTree], dict[str, float]]  # of weights and batch statistics
-    batches: Callable[[], Iterator[Any]]
-    preprocess: train.Preprocess
+    batches: Callable[[], Iterator[Batch]]
+    preprocess: Preprocess
 
 
-def open_run(workdir: Path, changes: Mapping[str, Any], limit: int | None = None) -> Run:
-    """Reads a run: of the small experiments one that ended, of the long ones the newest state that
-    can be read.
+def save_state(checkpoints: Checkpoints, state: TrainState, record: Record) -> None:
+    """Saves a state; the latent weights apart, so that another run can start from them alone."""
+    checkpoints.save(int(state.step), _trees(state), record._asdict())
+
+
+def restore_state(
+    checkpoints: Checkpoints, like: TrainState, put_aside: bool = False
+) -> tuple[TrainState, Record] | None:
+    """Returns the newest readable state and its record; see `Checkpoints.restore_newest`."""
+    found = checkpoints.restore_newest(_trees(like), put_aside)
+    if found is None:
+        return None
+    _, trees, record = found
+    return TrainState(**trees["weights"], **trees["rest"]), Record(**record)
+
+
+def _trees(state: TrainState) -> dict[str, dict[str, PyTree]]:
+    rest = state._asdict()
+    return {"weights": {name: rest.pop(name) for name in ("params", "batch_stats")}, "rest": rest}
+
+
+def restore(
+    workdir: Path, changes: Mapping[str, Any] | None = None, limit: int | None = None
+) -> Run:
+    """Reads the newest state of a run, finished or not, on whatever devices there are.
 
     Args:
-      workdir: of the run; of a small experiment under all constraints, the folder of one of them.
-      changes: fields of its config that may differ; those that are empty or 0 stay. Of a small run,
-        `data_dir` alone counts.
-      limit: evaluate a long run on so many images.
+      workdir: of the run.
+      changes: fields of its config that may differ; those that are empty or 0 are ignored.
+      limit: evaluate on so many images, evenly spread; None: on all.
 
     Raises:
-      FileNotFoundError: if there is no such run, or its data are not there.
-      ValueError: if its checkpoint is damaged.
+      FileNotFoundError: if there is no such run, or its data do not exist.
+      ValueError: if no checkpoint can be read.
     """
-    saved = networks.saved_config(workdir)
-    return (
-        _long_run(workdir, changes, limit)
-        if "network" in saved or not saved
-        else _small_run(workdir, changes, saved)
-    )
-
-
-def _small_run(workdir: Path, changes: Mapping[str, Any], saved: Mapping[str, Any]) -> Run:
-    below = sorted(str(path.parent) for path in workdir.glob("*/summary.json"))
-    if below and not (workdir / "summary.json").exists():
-        folders = " or ".join(below)
-        raise FileNotFoundError(
-            f"{workdir} holds one run for each of several constraints: name the folder of one, {folders}"
-        )
-    summary = Summary.read(workdir)
-    experiment = _SMALL[summary.experiment]
-    config: ml_collections.ConfigDict = experiment.get_config()
-    config.update(saved)
-    if changes.get("data_dir"):
-        config.data_dir = changes["data_dir"]
-    dataset, model = experiment.make_dataset(config), experiment.make_model(config)
-    job, params, batch_stats = post_training.make_job(summary.experiment, config, dataset, model)
-    return Run(
-        job.graphdef,
-        post_training.restore(job, workdir, summary.constraint, params, batch_stats),
-        True,
-        functools.partial(post_training.accuracy_of, job),
-        lambda: post_training.test_batches(job),
-        train.as_given,
-    )
-
-
-def _long_run(workdir: Path, changes: Mapping[str, Any], limit: int | None) -> Run:
-    config = read_config(workdir, changes)
+    config = read_config(workdir, changes or {})
     loader = open_data(config)
-    setup, state = restore(config, workdir, loader)
-    evaluation = runner.Evaluation(setup, loader)
+    setup = make_setup(config, loader, load_weights=False)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    found = restore_state(checkpoints, initial_state(setup, config.seed)[0])
+    checkpoints.close()
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}")
+    evaluate = make_evaluation(setup, loader)
     return Run(
+        config,
         setup.network.graphdef,
-        state,
-        config.phase == "post_train",
-        lambda weights, batch_stats: evaluation(weights, batch_stats, limit),
+        found[0],
+        lambda weights, batch_stats: evaluate(weights, batch_stats, limit),
         lambda: loader.evaluate(limit),
         loader.eval_preprocess,
     )
 
 
-def read_config(workdir: Path, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config of a long run, to be evaluated on whatever devices there are.
+def read_config(workdir: Path, changes: Mapping[str, Any]) -> ml_collections.FrozenConfigDict:
+    """Returns a run's config, for an evaluation.
 
     Args:
       workdir: of the run.
-      changes: fields that may differ from it; those that are empty or 0 stay.
+      changes: fields that may differ; those that are empty or 0 are ignored.
 
     Raises:
-      FileNotFoundError: if there is no `config.json`.
+      FileNotFoundError: if there is no `config.json`; it names the runs below, if any.
     """
-    saved = networks.saved_config(workdir)
-    if not saved:
-        raise FileNotFoundError(f"there is no config.json in {workdir}")
-    config = settings.long_experiment("", "binary")
-    config.update({**saved, "pretrained": ""})
-    apply(config, changes)
-    return config
+    saved = saved_config(workdir)
+    if not saved or not (workdir / "checkpoints").is_dir():
+        below = sorted(str(path.parent.parent) for path in workdir.glob("*/checkpoints/*"))
+        hint = f"; name one of its runs: {', '.join(dict.fromkeys(below))}" if below else ""
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run{hint}")
+    return evaluation_config({**saved, **{name: value for name, value in changes.items() if value}})
 
 
-def apply(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> None:
-    """Changes the fields that are given, and those that do not matter in an evaluation; in place."""
-    config.update({name: value for name, value in changes.items() if value})
-    config.fsdp, config.steps_per_epoch = 1, 1  # whatever devices it was trained on
-
-
-def restore(
-    config: ml_collections.ConfigDict, workdir: Path, loader: Loader
-) -> tuple[runner.Setup, train.TrainState]:
-    """What a long run was made of, and the newest state of it that can be read.
+def evaluation_config(
+    fields: Mapping[str, Any], new: bool = False
+) -> ml_collections.FrozenConfigDict:
+    """Returns the settled config of a network to evaluate, on whatever devices there are.
 
     Args:
-      config: of `read_config`.
-      workdir: of the run.
-      loader: its data.
-
-    Raises:
-      FileNotFoundError: if there is no checkpoint.
-      AnotherTreeError: if it is of another network than the config's.
+      fields: those that differ from `base_config`.
+      new: whether the weights come from `pretrained`, rather than from a run's checkpoint.
     """
-    setup = runner.make_setup(config, loader.train_images)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    restored = loop.restore(checkpoints, runner.initial_state(setup, config.seed)[0])
-    checkpoints.close()
-    if restored is None:
-        raise FileNotFoundError(f"no checkpoint in {workdir / 'checkpoints'}")
-    return setup, restored[0]
+    config = base_config("", "")
+    config.update({**fields, "fsdp": 1, "steps_per_epoch": 1})
+    return settle(config, None if new else fields)

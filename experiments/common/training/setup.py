@@ -1,6 +1,6 @@
-"""A config's network with the weights it starts from."""
+"""What a run is made of: its network with the initial weights, its optimizer, its mesh."""
 
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,16 +8,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+import cbp_jax
 from common import models
-from common.models import torch_weights as pretrained
+from common.input import pipeline
+from common.input.batch import Batch, Loader
+from common.models import torch_weights
+from common.training import mesh, optimizers
 from common.training.checkpoints import Checkpoints
+from common.training.settle import is_random, is_torch_file
+from common.training.step import TrainState, WeightsFn, init_state, latent, make_evaluate
 
 PyTree = Any
-RANDOM = "random"  # as `config.pretrained`
+# Accuracy of weights and batch statistics on the validation images, or on so many of them.
+Evaluate = Callable[..., dict[str, float]]
 # Arguments of networks that a config may have as fields.
-_OPTIONS = ("auxiliary_heads", "transform_input")
+_OPTIONS = ("auxiliary_heads", "transform_input", "channels", "width")
 
 
 class Network(NamedTuple):
@@ -29,92 +38,122 @@ class Network(NamedTuple):
     constrained: str  # pattern of the paths of the constrained parameters
 
 
-def is_random(pretrained: str) -> bool:
-    """Whether `config.pretrained` names no weights: a run that resumes has others, and pre-training needs none."""
-    return pretrained in ("", RANDOM)
+class Setup(NamedTuple):
+    """What a run needs beside its state."""
+
+    mesh: Mesh
+    network: Network
+    optimizer: optax.GradientTransformationExtraArgs
+    weights_fn: WeightsFn  # the weights of the forward pass
+    steps_per_epoch: int
+    total_steps: int
 
 
-def is_torch_file(pretrained: str) -> bool:
-    """Whether weights come from PyTorch rather than from the workdir of a run."""
-    return not is_random(pretrained) and not Path(pretrained).is_dir()
+def make_setup(
+    config: ml_collections.FrozenConfigDict, loader: Loader, load_weights: bool = True
+) -> Setup:
+    """Makes network, optimizer and mesh.
 
+    Args:
+      config: of `settle`.
+      loader: the data.
+      load_weights: whether to read `config.pretrained`; a run that resumes has its weights in a
+        checkpoint, and the file may be gone.
 
-def check_pretrained(config: ml_collections.ConfigDict) -> None:
-    """Raises FileNotFoundError if random weights would be post-trained though nobody asked for them."""
-    if config.phase == "post_train" and not config.pretrained:
-        raise FileNotFoundError(
-            "no weights to post-train: --config.pretrained is empty. Give --config.pretrained=FILE, a .pth or .safetensors file of "
-            f"{config.network} from PyTorch, or the workdir of a run with --config.phase=pretrain. To post-train random weights "
-            f"nevertheless, give --config.pretrained={RANDOM}"
+    Raises:
+      ValueError: if there are fewer training images than a batch, or the weights do not fit.
+      FileNotFoundError: if the weights do not exist.
+    """
+    steps_per_epoch = config.steps_per_epoch or loader.train_images // config.batch_size
+    if steps_per_epoch < 1:
+        raise ValueError(
+            f"{loader.train_images} training images are fewer than batch_size={config.batch_size}: "
+            "lower --config.batch_size"
         )
-
-
-def settle_options(config: ml_collections.ConfigDict) -> None:
-    """Fills in what the network should be from where its weights come, in the fields that were left open (None)."""
-    if "transform_input" not in config or config.transform_input is not None:
-        return
-    if is_torch_file(config.pretrained):
-        config.transform_input = pretrained.TORCHVISION_OPTIONS[config.network]["transform_input"]
+    network = make_network(config, config.pretrained if load_weights else "")
+    if config.phase == "pretrain":
+        epochs, weights_fn = config.pretrain_epochs, latent
+        optimizer = optimizers.pretraining(config, steps_per_epoch)
     else:
-        saved = {} if is_random(config.pretrained) else saved_config(Path(config.pretrained))
-        config.transform_input = bool(saved.get("transform_input"))
+        epochs, weights_fn = config.epochs, cbp_jax.quantize
+        optimizer = optimizers.post_training(config, steps_per_epoch, network.constrained)
+    on = mesh.make_mesh(config.fsdp)
+    return Setup(on, network, optimizer, weights_fn, steps_per_epoch, epochs * steps_per_epoch)
 
 
-def saved_config(workdir: Path) -> dict[str, Any]:
-    """What `config.json` of a run says; empty if there is none."""
-    path = workdir / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def initial_state(setup: Setup, seed: int) -> tuple[TrainState, TrainState]:
+    """Returns a state to start from, on the mesh, and its shardings."""
+    network = setup.network
+    state = init_state(network.params, network.batch_stats, setup.optimizer, seed)
+    shardings = mesh.state_shardings(setup.mesh, state, state.params)
+    return mesh.put_state(state, shardings), shardings
 
 
-def make_network(config: ml_collections.ConfigDict) -> Network:
-    """The network, with the weights of `config.pretrained`: a PyTorch file, the workdir of a run,
-    or random if "random" or empty.
+def on_device(batches: Iterator[Batch], on: Mesh) -> Any:
+    """Returns the batches on the mesh, their transfers started early."""
+    sharding = mesh.batch_sharding(on)
+    return pipeline.prefetch_to_device(batches, lambda batch: mesh.put_batch(batch, sharding))
+
+
+def make_evaluation(setup: Setup, loader: Loader) -> Evaluate:
+    """Returns a function (weights, batch_stats, limit=None) -> what `make_evaluate` gives."""
+    evaluate = make_evaluate(setup.network.graphdef, loader.eval_preprocess)
+
+    def evaluation(
+        weights: PyTree, batch_stats: PyTree, limit: int | None = None
+    ) -> dict[str, float]:
+        return evaluate(weights, batch_stats, on_device(loader.evaluate(limit), setup.mesh))
+
+    return evaluation
+
+
+def make_network(config: ml_collections.FrozenConfigDict, pretrained: str) -> Network:
+    """Makes the config's network.
+
+    Args:
+      config: of `settle`.
+      pretrained: where its weights come from: a PyTorch file or the workdir of a run; "random" or
+        "" draws them.
 
     Raises:
       FileNotFoundError: if there is no such file or checkpoint.
       ValueError: if it is damaged, or of another network.
     """
     options = {name: config[name] for name in _OPTIONS if name in config}
-    dtype = jnp.dtype(config.dtype)
 
     def create() -> models.Network:
-        return models.create(
-            config.network, config.num_classes, dtype=dtype, rngs=nnx.Rngs(config.seed), **options
-        )
+        dtype, rngs = jnp.dtype(config.dtype), nnx.Rngs(config.seed)
+        return models.create(config.network, config.num_classes, dtype=dtype, rngs=rngs, **options)
 
     # Random weights that will be replaced need not be drawn.
-    model = create() if is_random(config.pretrained) else nnx.eval_shape(create)
+    model = create() if is_random(pretrained) else nnx.eval_shape(create)
     graphdef, params, batch_stats = models.split_model(model)
-    if is_torch_file(config.pretrained):
-        params, batch_stats = pretrained.load_torch(config.pretrained, model)
-    elif not is_random(config.pretrained):
-        params, batch_stats = jax.tree.map(
-            jnp.asarray, weights_of_run(Path(config.pretrained), params, batch_stats)
-        )
+    if is_torch_file(pretrained):
+        params, batch_stats = torch_weights.load_torch(pretrained, model)
+    elif not is_random(pretrained):
+        weights = weights_of_run(Path(pretrained), params, batch_stats)
+        params, batch_stats = jax.tree.map(jnp.asarray, weights)
     return Network(graphdef, params, batch_stats, model.constrained)
 
 
 def weights_of_run(workdir: Path, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
-    """The newest latent weights and batch statistics in a run's workdir, whatever devices it ran
-    on, as numpy arrays.
+    """Reads the newest latent weights and batch statistics of a run, as numpy arrays.
 
     Args:
-      workdir: of the run.
+      workdir: of the run, whatever devices it ran on.
       params: gives structure, shapes and dtypes.
       batch_stats: likewise.
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
-      ValueError: if there is none that can be read, or it is of another network.
+      ValueError: if none can be read, or it is of another network.
     """
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(f"{workdir} is not the workdir of a run: there is no {folder}")
+    like = {"params": params, "batch_stats": batch_stats}
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     checkpoints = Checkpoints(folder)
-    like = jax.tree.map(
-        lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        {"params": params, "batch_stats": batch_stats},
-    )
     found = checkpoints.restore_newest({"weights": like})
     checkpoints.close()
     if found is None:

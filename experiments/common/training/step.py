@@ -1,4 +1,4 @@
-"""A functional training step and its evaluation: the module is split once and merged inside one jitted, donated step."""
+"""A functional training step and its evaluation, both jitted; the step donates its state."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -21,29 +21,28 @@ Preprocess = Callable[[Batch, jax.Array], jax.Array]
 # The weights of the forward pass from the latent ones: `cbp_jax.quantize`, or `latent`.
 WeightsFn = Callable[[PyTree, optax.OptState], PyTree]
 
-# Of each auxiliary head's loss, where a network has them (GoogLeNet).
+# Weight of each auxiliary head's loss, where a network has them (GoogLeNet).
 AUXILIARY_WEIGHT = 0.3
 
 
 class Sums(NamedTuple):
-    """Over the steps since the epoch began; kept on the device, so that no step waits for the host."""
+    """Sums over the epoch so far; on the device, so that no step waits for the host."""
 
     loss: jax.Array  # shape=(), dtype=float32
     steps: jax.Array  # shape=(), dtype=int32
-    images: jax.Array  # shape=(), dtype=int32: those that were learnt from
+    images: jax.Array  # shape=(), dtype=int32: with a label
     unreadable: jax.Array  # shape=(), dtype=int32
 
 
 class TrainState(NamedTuple):
-    """All that a run changes, in plain dictionaries."""
+    """Everything that a run changes, in plain dictionaries."""
 
     step: jax.Array  # shape=(), dtype=int32
     params: PyTree
     batch_stats: PyTree
     opt_state: optax.OptState
-    key: (
-        jax.Array
-    )  # shape=(2,), dtype=uint32: data of a random key; a step's own is folded in from its number
+    # Data of a random key, shape=(2,), dtype=uint32; a step's own is folded in from its number.
+    key: jax.Array
     sums: Sums
 
 
@@ -52,13 +51,13 @@ Evaluate = Callable[[PyTree, PyTree, Iterable[Batch]], dict[str, float]]
 
 
 def latent(params: PyTree, opt_state: optax.OptState) -> PyTree:
-    """The weights as they are."""
+    """Returns the latent weights, for training in full precision."""
     del opt_state
     return params
 
 
 def as_given(batch: Batch, key: jax.Array) -> jax.Array:
-    """The images as they are."""
+    """Returns the images of a batch, unchanged."""
     del key
     return batch["image"]
 
@@ -71,7 +70,7 @@ def zero_sums() -> Sums:
 def init_state(
     params: PyTree, batch_stats: PyTree, optimizer: optax.GradientTransformation, seed: int = 0
 ) -> TrainState:
-    """A state to start from; it copies the arrays, so that donating them leaves the caller's alone."""
+    """Returns a state to start from; arrays are copied, so that donation spares the caller's."""
     params, batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(
@@ -86,20 +85,19 @@ def make_train_step(
     preprocess: Preprocess = as_given,
     shardings: TrainState | None = None,
 ) -> TrainStep:
-    """A jitted step (state, batch) -> (state, loss), which donates the state.
+    """Returns a jitted step (state, batch) -> (state, loss), which donates the state.
 
     The gradient is taken at the forward weights and applied to the latent ones: the
     straight-through estimator. The loss is the mean cross-entropy over the images whose label is
-    not negative, with a share of that of the auxiliary heads.
+    not negative, plus a fraction of that of the auxiliary heads.
 
     Args:
       graphdef: of `split_model`.
-      optimizer: it is given the loss as `value`.
-      weights_fn: the forward weights from the latent ones.
-      preprocess: the network's images from a batch; it may draw from the key it is given.
-      shardings: how the state lies on a mesh (`mesh.state_shardings`); None leaves it to the
-        arrays. The forward weights are whole on every device, so that devices differ in their
-        images alone.
+      optimizer: receives the loss as `value`.
+      weights_fn: maps the latent weights to the forward weights.
+      preprocess: makes the network's images from a batch; may draw from its key.
+      shardings: of the state on a mesh (`mesh.state_shardings`); None: as the arrays lie. The
+        forward weights are replicated, so that devices differ in their images alone.
     """
 
     def loss_fn(
@@ -153,10 +151,9 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> Evaluate:
-    """A function (weights, batch_stats, batches) -> {"top1", "top5", "images", "unreadable"}, in
-    evaluation mode.
+    """Returns a function (weights, batch_stats, batches) -> accuracies and counts.
 
-    Accuracies are shares of 1 of the images that could be read and are not padding.
+    "top1" and "top5" are fractions of "images", those that are neither padding nor "unreadable".
     """
 
     @jax.jit
@@ -164,41 +161,32 @@ def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> 
         model = nnx.merge(graphdef, weights, batch_stats)
         model.eval()
         labels = batch["label"]
-        # Nothing is drawn in evaluation: the key is there for the signature.
-        logits = model(preprocess(batch, jax.random.key(0)))
-        hits = (
-            jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
-        )  # negative labels never hit
-        sums = {
+        logits = model(preprocess(batch, jax.random.key(0)))  # nothing is drawn in evaluation
+        # Negative labels never hit.
+        hits = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+        found = {
             "top1": hits[:, 0],
             "top5": hits.any(axis=1),
             "images": labels >= 0,
             "unreadable": labels == UNREADABLE,
         }
-        return {name: values.sum() for name, values in sums.items()}
+        return {name: values.sum() for name, values in found.items()}
 
     def evaluate(
         weights: PyTree, batch_stats: PyTree, batches: Iterable[Batch]
     ) -> dict[str, float]:
-        totals = {"top1": 0.0, "top5": 0.0, "images": 0.0, "unreadable": 0.0}
-        pending: dict[str, jax.Array] | None = None
+        totals = dict.fromkeys(("top1", "top5", "images", "unreadable"), 0.0)
+        pending: dict[str, jax.Array] = {}
         for batch in batches:
             counts = count(weights, batch_stats, batch)
-            totals = _add(
-                totals, pending
-            )  # of the batch before, while the device works on this one
-            pending = counts
+            # Adds those of the batch before, while the device works on this one.
+            totals, pending = _add(totals, pending), counts
         totals = _add(totals, pending)
-        return totals | {
-            name: totals[name] / max(totals["images"], 1.0) for name in ("top1", "top5")
-        }
+        images = max(totals["images"], 1.0)
+        return totals | {name: totals[name] / images for name in ("top1", "top5")}
 
     return evaluate
 
 
-def _add(totals: dict[str, float], counts: dict[str, jax.Array] | None) -> dict[str, float]:
-    return (
-        totals
-        if counts is None
-        else {name: total + float(counts[name]) for name, total in totals.items()}
-    )
+def _add(totals: dict[str, float], counts: dict[str, jax.Array]) -> dict[str, float]:
+    return totals | {name: totals[name] + float(count) for name, count in counts.items()}

@@ -1,0 +1,80 @@
+"""Runs an experiment from the command line: `--config.FIELD=VALUE --workdir=DIR`.
+
+What is slow to import is imported late: processes that decode photos import the experiment's file
+too, and Ctrl-C must find a handler.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
+
+
+def run(config: ml_collections.ConfigDict) -> None:
+    """Parses the flags, and trains; the workdir defaults to `runs/EXPERIMENT_CONSTRAINT`."""
+
+    def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+        from common.report.tables import results_table
+        from common.training.run import log, train_and_evaluate
+
+        kind = "pretrain" if config.phase == "pretrain" else config.constraint
+        method = f"_{config.method}" if config.phase != "pretrain" and config.method != "cbp" else ""
+        folder = Path(workdir or f"runs/{config.experiment}_{kind}{method}")
+        summary = train_and_evaluate(config, folder)
+        log(f"\n{results_table([summary])}\n\nwritten to {folder}")
+
+    _launch(config, train)
+
+
+def study(config: ml_collections.ConfigDict) -> None:
+    """Parses the flags, and runs `common.study`; the workdir defaults to `runs/EXPERIMENT`."""
+
+    def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+        from common import study
+
+        study.run(config, Path(workdir or f"runs/{config.experiment}"))
+
+    _launch(config, train)
+
+
+def _launch(
+    config: ml_collections.ConfigDict, train: Callable[[ml_collections.ConfigDict, str], None]
+) -> None:
+    config_flag = config_flags.DEFINE_config_dict("config", config, "Any field can be set.")
+    workdir_flag = flags.DEFINE_string("workdir", "", "Folder of the run, by default below runs/.")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(
+                f"unexpected arguments {argv[1:]}: write --config.FIELD=VALUE or --workdir=DIR"
+            )
+        logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log much that is of no interest here
+        config = config_flag.value
+        try:
+            if config.distributed:
+                _find_hosts(config)
+            train(config, workdir_flag.value)
+        except KeyboardInterrupt as interrupt:
+            message = interrupt.args[0] if interrupt.args else "rerun the same command to resume"
+            print(f"interrupted; {message}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except (FileNotFoundError, ImportError, MemoryError) as error:
+            sys.exit(f"error: {error}")
+
+    app.run(main)
+
+
+def _find_hosts(config: ml_collections.ConfigDict) -> None:
+    """Connects to the other hosts; must come before anything else of JAX."""
+    import jax
+
+    process_id = None if config.process_id < 0 else config.process_id
+    jax.distributed.initialize(
+        config.coordinator or None, config.num_processes or None, process_id
+    )

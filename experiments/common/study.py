@@ -1,0 +1,110 @@
+"""A study: one network, pre-trained once, then post-trained in several ways from the same weights.
+
+Every run is an ordinary one in a folder of its own. A study that was stopped resumes: finished runs
+are not repeated, the interrupted one goes on from its newest checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+
+import cbp_jax
+from common.report import figures
+from common.report.tables import results_table
+from common.report.workdir import Summary, read_metrics
+from common.training.run import log, train_and_evaluate
+from common.training.settle import differences, saved_config, settle
+
+PRETRAIN = "pretrain"
+
+
+class Entry(NamedTuple):
+    """One run of a study."""
+
+    name: str  # of its folder
+    changes: Mapping[str, Any]  # fields in which its config differs from the study's
+
+
+def entries(config: ml_collections.ConfigDict) -> list[Entry]:
+    """Returns the runs that a config lists: each of its methods under each of its constraints.
+
+    CBP's folder is named by the constraint alone, as `binary`; others as `binary_ste`.
+    """
+    every = config.constraint == "all"
+    return [
+        Entry(
+            constraint if method == "cbp" else f"{constraint}_{method}",
+            {"constraint": constraint, "method": method},
+        )
+        for constraint in (cbp_jax.CONSTRAINTS if every else (config.constraint,))
+        for method in config.methods
+    ]
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: Path, runs: Sequence[Entry] | None = None
+) -> list[Summary]:
+    """Pre-trains, runs what is not finished yet, and prints the table.
+
+    Args:
+      config: of the study: that of a run, with `methods`.
+      workdir: of the study; each run has a folder below, `pretrain` and the names of `runs`.
+      runs: what to run from the pre-trained weights; None: `entries(config)`.
+
+    Returns:
+      The summaries of `runs`.
+
+    Raises:
+      ValueError: if a folder holds a finished run of another config.
+    """
+    runs = entries(config) if runs is None else runs
+    base = ml_collections.ConfigDict(config.to_dict())
+    del base.methods
+    base.constraint = cbp_jax.CONSTRAINTS[0]  # of no account in pre-training
+    pretrain = Entry(PRETRAIN, {"phase": "pretrain"})
+    from_pretrained = {"pretrained": str(workdir / PRETRAIN)}
+    _finish(base, workdir, pretrain)
+    summaries = [
+        _finish(base, workdir, entry._replace(changes={**from_pretrained, **entry.changes}))
+        for entry in runs
+    ]
+    table = results_table(summaries)
+    (workdir / "table.md").write_text(table + "\n")
+    _draw(workdir, runs, summaries)
+    log(f"\n{table}\n\nwritten to {workdir}")
+    return summaries
+
+
+def _finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Summary:
+    """Runs an entry, or reads its summary if it is finished."""
+    config, folder = ml_collections.ConfigDict(base.to_dict()), workdir / entry.name
+    config.update(entry.changes)
+    if not (folder / "summary.json").exists():
+        return train_and_evaluate(config, folder)
+    saved = saved_config(folder)
+    if changed := differences(saved, settle(config, saved)):
+        shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+        raise ValueError(
+            f"{folder} holds a finished run of another config (saved -> asked): {shown}; give "
+            "another --workdir, or remove the folder"
+        )
+    log(f"{entry.name}: finished before, see {folder}")
+    return Summary.read(folder)
+
+
+def _draw(workdir: Path, runs: Sequence[Entry], summaries: Sequence[Summary]) -> None:
+    """Draws the methods side by side, one figure per constraint."""
+    for constraint in dict.fromkeys(summary.constraint for summary in summaries):
+        found = [
+            (summary, read_metrics(workdir / entry.name))
+            for summary, entry in zip(summaries, runs, strict=True)
+            if summary.constraint == constraint
+        ]
+        figures.plot_training(
+            workdir / "figures" / f"{constraint}.png",
+            f"{summaries[0].experiment}, {constraint.replace('_', '-')} weights",
+            {summary.method: rows for summary, rows in found},
+            summaries[0].full_precision_top1,
+        )

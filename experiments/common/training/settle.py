@@ -1,0 +1,127 @@
+"""The config as a run uses it: settled once, at the start, and frozen."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import cbp_jax
+from common.models.torch_weights import TORCHVISION_OPTIONS
+from common.training.optimizers import METHODS
+
+RANDOM = "random"  # as `config.pretrained`
+# The position in the data is the step, and the schedule counts steps.
+_FIXED = (
+    "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
+    "image_size", "color_jitter",
+)  # fmt: skip
+
+
+def settle(
+    config: ml_collections.ConfigDict, saved: Mapping[str, Any] | None = None
+) -> ml_collections.FrozenConfigDict:
+    """Checks a config, and fills in the fields that are None.
+
+    Args:
+      config: of `common.config`; it is unchanged.
+      saved: `config.json` of a run that exists; None for a new one.
+
+    Returns:
+      The config to run, frozen.
+
+    Raises:
+      ValueError: if a field makes no sense, or a field without a value.
+      FileNotFoundError: if weights are to be post-trained and none are named.
+    """
+    settled = ml_collections.ConfigDict(config.to_dict())
+    _check(settled)
+    for name, values in settled.by_constraint.items():
+        if settled[name] is None:
+            settled[name] = values[settled.constraint]
+    if settled.learning_rate is None:
+        raise ValueError("--config.learning_rate is None: give a number")
+    if saved is None:
+        _check_pretrained(settled)
+        if "transform_input" in settled and settled.transform_input is None:
+            settled.transform_input = _transform_input(settled)
+    elif "transform_input" in settled:
+        settled.transform_input = saved.get("transform_input")
+    return ml_collections.FrozenConfigDict(settled)
+
+
+def saved_config(workdir: Path) -> dict[str, Any]:
+    """Returns `config.json` of a run; empty if there is none."""
+    path = workdir / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def differences(
+    saved: Mapping[str, Any], config: ml_collections.FrozenConfigDict
+) -> dict[str, str]:
+    """Returns "saved -> asked" for each field that differs from `config.json`."""
+    asked = json.loads(config.to_json_best_effort())
+    return {
+        name: f"{saved[name]} -> {value}"
+        for name, value in asked.items()
+        if name in saved and saved[name] != value
+    }
+
+
+def check_resumable(saved: Mapping[str, Any], config: ml_collections.FrozenConfigDict) -> str:
+    """Returns a line on the fields that changed since the run began; empty if none did.
+
+    Raises:
+      ValueError: if one of them cannot change.
+    """
+    changed = differences(saved, config)
+    fixed = [f"{name} {changed[name]}" for name in _FIXED if name in changed]
+    if fixed:
+        raise ValueError(
+            f"the run in this workdir has another config (saved -> asked): {', '.join(fixed)}; "
+            "use the saved values, or another --workdir"
+        )
+    return ", ".join(f"{name} {change}" for name, change in changed.items())
+
+
+def is_random(pretrained: str) -> bool:
+    """Whether `config.pretrained` names no weights: pre-training needs none."""
+    return pretrained in ("", RANDOM)
+
+
+def is_torch_file(pretrained: str) -> bool:
+    """Whether the weights come from a PyTorch file rather than from the workdir of a run."""
+    return not is_random(pretrained) and not Path(pretrained).is_dir()
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    for name, choices in {
+        "phase": ("pretrain", "post_train"),
+        "constraint": cbp_jax.CONSTRAINTS,
+        "method": METHODS,
+        "multiplier_rule": ("adam", "capped"),
+    }.items():
+        if config[name] not in choices:
+            raise ValueError(f"--config.{name}={config[name]!r} is none of {', '.join(choices)}")
+    for name in ("epochs", "pretrain_epochs", "batch_size", "checkpoint_epochs"):
+        if config[name] < 1:
+            raise ValueError(f"--config.{name}={config[name]} must be positive")
+
+
+def _check_pretrained(config: ml_collections.ConfigDict) -> None:
+    if config.phase == "post_train" and not config.pretrained:
+        raise FileNotFoundError(
+            "no weights to post-train: --config.pretrained is empty. Give "
+            f"--config.pretrained=FILE, a .pth or .safetensors file of {config.network} from "
+            "PyTorch, or the workdir of a run with --config.phase=pretrain. To post-train random "
+            f"weights nevertheless, give --config.pretrained={RANDOM}"
+        )
+
+
+def _transform_input(config: ml_collections.ConfigDict) -> bool:
+    """Whether the network normalises its input again: what its weights were trained with."""
+    if is_torch_file(config.pretrained):
+        return TORCHVISION_OPTIONS[config.network]["transform_input"]
+    saved = {} if is_random(config.pretrained) else saved_config(Path(config.pretrained))
+    return bool(saved.get("transform_input"))
