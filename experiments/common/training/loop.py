@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
+from common.input.batch import Batch
 from common.training import metrics as monitor
 from common.training import progress
 from common.training import step as train
 from common.training.checkpoints import Checkpoints
-from common.training.step import Batch, TrainState, TrainStep
+from common.training.step import TrainState, TrainStep
 
 # Steps that may be on their way to the device: enough to keep it busy, few enough to stop soon.
 _STEPS_AHEAD = 8
