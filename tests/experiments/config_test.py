@@ -17,7 +17,6 @@ import imagenet_resnet18
 import imagenet_resnet50
 from common import config as settings
 from common import models
-from common.input import open as loaders
 from common.training import optimizers, preflight
 from common.training import setup as networks
 
@@ -187,34 +186,6 @@ def test_rules_of_the_multipliers():
     config.multiplier_rule = "lion"
     with pytest.raises(ValueError, match="none of adam, capped"):
         optimizers.multiplier_options(config)
-
-
-def test_random_crop_and_flip():
-    """Against slicing and mirroring in numpy, by trying all positions."""
-    rng = np.random.default_rng(0)
-    photos = rng.normal(size=(64, 6, 5, 3)).astype(np.float32)
-    cropped = np.asarray(
-        loaders.random_crop_and_flip(jnp.asarray(photos), jax.random.key(1), padding=2)
-    )
-    padded = np.pad(photos, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    found = []
-    for image, result in zip(padded, cropped, strict=True):
-        places = [
-            (top, left, flip)
-            for top in range(5)
-            for left in range(5)
-            for flip in (False, True)
-            if np.array_equal(
-                image[top : top + 6, left : left + 5][:, :: -1 if flip else 1], result
-            )
-        ]
-        assert len(places) == 1
-        found += places
-    tops, lefts, flips = zip(*found, strict=True)
-    assert set(tops) == set(lefts) == set(range(5))
-    assert 16 < sum(flips) < 48
-    again = loaders.random_crop_and_flip(jnp.asarray(photos), jax.random.key(1), padding=2)
-    np.testing.assert_array_equal(cropped, again)
 
 
 def test_memory_is_checked_before_the_first_step():

@@ -1,6 +1,9 @@
-"""The arithmetic on photos that the device does: colour jitter and normalisation. Each image by itself, so any sharding will do."""
+"""Image arithmetic on the device: colour jitter, normalisation, random crops and flips.
 
-from collections.abc import Mapping
+Every function treats each image on its own, so a batch may be sharded in any way.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +14,36 @@ STD = (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
-def preprocess(batch: Mapping[str, ArrayLike], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Normalised images from a batch of the pipeline, jittered if the batch says how.
+def preprocess(
+    batch: Mapping[str, ArrayLike],
+    dtype: DTypeLike = jnp.float32,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> jax.Array:
+    """Normalises a batch's images, after colour jitter if the batch has jitter factors.
 
     Args:
-      batch: "image" is uint8, shape=(B, H, W, 3); "jitter", if there, holds the factors of
+      batch: "image" is uint8, shape=(B, H, W, 3); "jitter", if present, holds the factors of
         brightness, contrast and saturation, shape=(B, 3).
       dtype: of the result; the arithmetic is in float32.
+      mean: of each channel, for pixels in [0, 1].
+      std: of each channel.
 
     Returns:
-      (image - mean) / std, shape=(B, H, W, 3).
+      (image / 255 - mean) / std, shape=(B, H, W, 3).
     """
     images = jnp.asarray(batch["image"]).astype(jnp.float32) / 255
     if "jitter" in batch:
         images = jitter_colors(images, jnp.asarray(batch["jitter"]))
-    return ((images - jnp.array(MEAN)) / jnp.array(STD)).astype(dtype)
+    return ((images - jnp.array(mean)) / jnp.array(std)).astype(dtype)
 
 
 def jitter_colors(images: jax.Array, factors: jax.Array) -> jax.Array:
-    """Brightness, contrast and saturation, one after the other (torchvision's ColorJitter draws the
-    order, too).
+    """Changes brightness, contrast and saturation, in this order (torchvision's is random).
 
-    A factor f blends: f * image + (1 - f) * other, where the other is black, the mean grey of the
-    image, and the grey of the pixel; 1 changes nothing. The result of each is clipped to [0, 1].
+    A factor f gives f * image + (1 - f) * other, clipped to [0, 1], where the other image is black
+    for brightness, the image's mean grey for contrast, and each pixel's grey for saturation. A
+    factor of 1 changes nothing.
 
     Args:
       images: in [0, 1], shape=(B, H, W, 3).
@@ -49,10 +59,33 @@ def jitter_colors(images: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def _grey(images: jax.Array) -> jax.Array:
-    return (images * jnp.array(GREY)).sum(
-        axis=-1, keepdims=True
-    )  # no matrix product: those may lose digits on accelerators
+    # Not a matrix product, which may lose digits on accelerators.
+    return (images * jnp.array(GREY)).sum(axis=-1, keepdims=True)
 
 
 def _blend(images: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.clip(factor * images + (1 - factor) * other, 0, 1)
+
+
+def random_crop_and_flip(images: jax.Array, key: jax.Array, padding: int) -> jax.Array:
+    """Shifts each image by up to `padding` pixels each way, over zeros, and mirrors half of them.
+
+    Args:
+      images: shape=(B, H, W, C), normalised or not.
+      key: a random key.
+      padding: pixels.
+
+    Returns:
+      Images of the same shape and dtype.
+    """
+    shift_key, flip_key = jax.random.split(key)
+    batch, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    shifts = jax.random.randint(shift_key, (batch, 2), 0, 2 * padding + 1)
+    flips = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
+
+    def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (height, width, channels))
+
+    cropped = jax.vmap(crop)(padded, shifts)
+    return jnp.where(flips, cropped[:, :, ::-1], cropped)

@@ -1,13 +1,16 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
-import os
+import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
+import ml_collections
 import numpy as np
 
-PADDING = -1  # the label of what fills up the last batch of an evaluation
-UNREADABLE = -2  # the label of an image that could not be read or decoded; it is black
+from common.input.batch import PADDING, HostBatch, Loader, Preprocess, eval_batch_size
+from common.input.batch import UNREADABLE as UNREADABLE  # for training/run.py
+from common.input.sources import open_tfds
 
 
 class Dataset(NamedTuple):
@@ -20,7 +23,7 @@ class Dataset(NamedTuple):
 
 
 def load_digits(test_share: float = 0.5) -> Dataset:
-    """scikit-learn's 1,797 handwritten 8x8 digits, which need no download; the split is always the same."""
+    """scikit-learn's 1,797 handwritten 8x8 digits, which it ships with; always the same split."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -36,11 +39,11 @@ def load_digits(test_share: float = 0.5) -> Dataset:
 
 
 def load_tfds(name: str, data_dir: str | None, dtype: type = np.float32) -> Dataset:
-    """A small image data set of TFDS, prepared as ArrayRecord, decoded into memory by Grain.
+    """Decodes a small TFDS image data set, prepared as ArrayRecord, into memory.
 
     Args:
       name: of the TFDS builder, with features `image` and `label` and splits `train` and `test`.
-      data_dir: the TFDS folder; None is `TFDS_DATA_DIR`, or TFDS's own default.
+      data_dir: the TFDS folder; None: `TFDS_DATA_DIR`, or TFDS's default.
       dtype: of the images: float32, in [0, 1], or uint8.
 
     Raises:
@@ -51,70 +54,51 @@ def load_tfds(name: str, data_dir: str | None, dtype: type = np.float32) -> Data
     return Dataset(train_images, train_labels, test_images, test_labels)
 
 
-def open_tfds(name: str, split: str, data_dir: str | None, **options: Any) -> Any:
-    """`tfds.data_source` of a data set prepared as ArrayRecord; nothing is downloaded.
-
-    Args:
-      name: of the TFDS builder.
-      split: one of its splits.
-      data_dir: the TFDS folder; None is `TFDS_DATA_DIR`, or TFDS's own default.
-      **options: passed on to `tfds.data_source`.
-
-    Raises:
-      FileNotFoundError: if the data set is not there as ArrayRecord; it says how to prepare it.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.data_source(name, split=split, data_dir=data_dir, download=False, **options)
-    except (
-        KeyError,
-        NotImplementedError,
-        FileNotFoundError,
-        AssertionError,
-        tfds.core.DatasetNotFoundError,
-    ) as error:
-        where = data_dir or tfds.core.constants.DATA_DIR
-        download = otherwise = ""
-        if name == "imagenet2012":
-            manual = os.path.join(where, "downloads", "manual")  # where TFDS looks
-            download = (
-                "TFDS cannot download it: register at https://image-net.org, and put ILSVRC2012_img_train.tar and "
-                f"ILSVRC2012_img_val.tar into {manual}. "
-            )
-            otherwise = (
-                "\nOr unpack the photos to DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG, and give --config.data=folder "
-                "--config.data_dir=DIR."
-            )
-        raise FileNotFoundError(
-            f"no {name!r} as ArrayRecord in {where}. {download}Prepare it once, with network (only this needs TensorFlow):\n"
-            f'  pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder('{name}', data_dir='{where}', file_format='array_record').download_and_prepare()\"\n"
-            f"and give its folder by --config.data_dir=DIR or the environment variable TFDS_DATA_DIR.{otherwise}"
-        ) from error
-
-
 def _load_split(
     name: str, split: str, data_dir: str | None, dtype: type
 ) -> tuple[np.ndarray, np.ndarray]:
     import grain
 
-    source = open_tfds(name, split, data_dir)
     batches = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(open_tfds(name, split, data_dir))
         .map(lambda example: (example["image"], example["label"]))
         .batch(1000)
         .to_iter_dataset(grain.ReadOptions(num_threads=2))
     )
-    images, labels = zip(*batches, strict=True)
-    whole = np.concatenate(images)
-    return whole if dtype is np.uint8 else whole.astype(np.float32) / 255, np.concatenate(
-        labels
-    ).astype(np.int32)
+    parts = zip(*batches, strict=True)
+    images, labels = (np.concatenate(part) for part in parts)
+    if dtype is not np.uint8:
+        images = images.astype(np.float32) / 255
+    return images, labels.astype(np.int32)
+
+
+def in_memory_loader(
+    dataset: Dataset,
+    config: ml_collections.ConfigDict,
+    train_preprocess: Preprocess,
+    eval_preprocess: Preprocess,
+) -> Loader:
+    """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch."""
+    host, hosts = jax.process_index(), jax.process_count()
+
+    def train(start: int) -> Iterator[HostBatch]:
+        order = shuffled_batches(len(dataset.train_labels), config.batch_size, config.seed)
+        for index in itertools.islice(order, start, None):
+            mine = index[host::hosts]
+            yield {"image": dataset.train_images[mine], "label": dataset.train_labels[mine]}
+
+    def evaluate(limit: int | None) -> Iterator[HostBatch]:
+        every = max(len(dataset.test_labels) // limit, 1) if limit else 1
+        images, labels = dataset.test_images[::every], dataset.test_labels[::every]
+        for batch in padded_batches(images, labels, eval_batch_size(config)):
+            yield {name: array[host::hosts] for name, array in batch.items()}
+
+    counts = len(dataset.train_labels), len(dataset.test_labels)
+    return Loader(*counts, train, evaluate, train_preprocess, eval_preprocess)
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless index batches: one permutation of the data after another, cut into full batches."""
+    """Endless full batches of indices, cut from one permutation of the data after another."""
     rng = np.random.default_rng(seed)
     pending = np.empty(0, np.int64)
     while True:
@@ -126,8 +110,8 @@ def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarr
 
 def padded_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int = 1000
-) -> Iterator[dict[str, np.ndarray]]:
-    """Once through the data; the last batch is filled up with empty images of label `PADDING`, so that one shape is compiled."""
+) -> Iterator[HostBatch]:
+    """One pass over the data; zeros labelled `PADDING` fill the last batch, to keep one shape."""
     for start in range(0, len(labels), batch_size):
         batch, target = images[start : start + batch_size], labels[start : start + batch_size]
         short = batch_size - len(target)

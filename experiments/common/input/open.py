@@ -1,20 +1,17 @@
-"""The data of the long runs, as batches from any step on: ImageNet from the disk, CIFAR-10 from memory, or noise."""
+"""Opens a config's data set: photos from the disk, small data sets from memory, or noise."""
 
-import itertools
+import functools
 import os
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from common.input import augment as images
-from common.input import in_memory as data
-from common.input import pipeline
+from common.input import augment, in_memory, pipeline
+from common.input.batch import Batch, HostBatch, Loader, Preprocess, eval_batch_size
 from common.input.sources import FolderSource, Source, TfdsSource
-from common.training.step import Batch, Preprocess
 
 # Of CIFAR-10's training pixels, in [0, 1].
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -22,185 +19,149 @@ _CIFAR_STD = (0.2470, 0.2435, 0.2616)
 _CIFAR_PADDING = 4
 _SYNTHETIC_IMAGES = (100_000, 1_000)
 
-Batches = Iterator[dict[str, np.ndarray]]
-
-
-class Loader(NamedTuple):
-    """A data set, as the batches of this host."""
-
-    train_images: int
-    eval_images: int
-    train: Callable[[int], Batches]  # endless, from a step on
-    evaluate: Callable[
-        [int | None], Batches
-    ]  # once through, or through so many images spread over the data
-    train_preprocess: Preprocess
-    eval_preprocess: Preprocess
-
 
 def open_data(config: ml_collections.ConfigDict) -> Loader:
-    """The data set that `config.data` names: "tfds" and "folder" are ImageNet, then "cifar10" and
-    "synthetic".
+    """Opens the data set that `config.data` names; "tfds" and "folder" are ImageNet.
 
     Raises:
       FileNotFoundError: if the data are not there; it says what was expected.
       ValueError: if the name is unknown, or the devices cannot share a batch evenly.
     """
-    if config.batch_size % jax.device_count():
-        raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared by {jax.device_count()} devices: give a multiple"
-        )
-    if config.data in ("tfds", "folder"):
-        return _imagenet(config)
-    if config.data == "cifar10":
-        return _cifar10(config)
-    if config.data == "synthetic":
-        return _synthetic(config)
-    raise ValueError(f"--config.data={config.data!r} is none of tfds, folder, cifar10, synthetic")
+    sizes, devices = (config.batch_size, eval_batch_size(config)), jax.device_count()
+    for field, size in zip(("batch_size", "eval_batch_size"), sizes, strict=True):
+        if size % devices:
+            raise ValueError(
+                f"{field}={size} cannot be shared by {devices} devices: give a multiple"
+            )
+    if config.data not in _LOADERS:
+        raise ValueError(f"--config.data={config.data!r} is none of {', '.join(_LOADERS)}")
+    return _LOADERS[config.data](config)
 
 
-def _imagenet(config: ml_collections.ConfigDict) -> Loader:
-    train_source, eval_source = _sources(config)
-    share = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-        "num_classes": config.num_classes,
-    }
-    workers = (os.cpu_count() or 1) if config.workers < 0 else config.workers
-
-    def train(start: int) -> Batches:
-        return pipeline.train_batches(
-            train_source,
-            batch_size=_host_batch_size(config),
-            seed=config.seed,
-            start=start,
-            num_workers=workers,
-            size=config.image_size,
-            color_jitter=config.color_jitter,
-            **share,
-        )
-
-    def evaluate(limit: int | None) -> Batches:
-        return pipeline.eval_batches(
-            eval_source,
-            batch_size=_host_batch_size(config),
-            num_workers=workers,
-            size=config.image_size,
-            resize=config.resize,
-            limit=limit,
-            **share,
-        )
-
-    preprocess = _preprocess(config)
-    return Loader(len(train_source), len(eval_source), train, evaluate, preprocess, preprocess)
+def _digits(config: ml_collections.ConfigDict) -> Loader:
+    cast = _cast(config)
+    return in_memory.in_memory_loader(in_memory.load_digits(), config, cast, cast)
 
 
-def _sources(config: ml_collections.ConfigDict) -> tuple[Source, Source]:
-    if config.data == "tfds":
-        folder = config.data_dir or None
-        return TfdsSource("imagenet2012", "train", folder), TfdsSource(
-            "imagenet2012", "validation", folder
-        )
-    if not config.data_dir:
-        raise FileNotFoundError(
-            "--config.data=folder needs --config.data_dir=DIR, with DIR/train/<class> and DIR/val/<class>"
-        )
-    return FolderSource(config.data_dir, "train"), FolderSource(config.data_dir, "val")
-
-
-def _synthetic(config: ml_collections.ConfigDict) -> Loader:
-    """Noise, to measure the machine without the disk."""
-    train_images, eval_images = _SYNTHETIC_IMAGES
-
-    def batches(jitter: float | None, count: int | None) -> Batches:
-        return pipeline.synthetic_batches(
-            batch_size=_host_batch_size(config),
-            num_classes=config.num_classes,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            size=config.image_size,
-            color_jitter=jitter,
-            count=count,
-        )
-
-    def train(start: int) -> Batches:
-        del start  # all batches are the same
-        return batches(config.color_jitter, None)
-
-    def evaluate(limit: int | None) -> Batches:
-        return batches(None, max(min(limit or eval_images, eval_images) // config.batch_size, 1))
-
-    preprocess = _preprocess(config)
-    return Loader(train_images, eval_images, train, evaluate, preprocess, preprocess)
-
-
-def _preprocess(config: ml_collections.ConfigDict) -> Preprocess:
-    dtype = jnp.dtype(config.dtype)
-
-    def preprocess(batch: Batch, key: jax.Array) -> jax.Array:
-        del key  # what is random was drawn with the data
-        return images.preprocess(batch, dtype)
-
-    return preprocess
+def _fashion_mnist(config: ml_collections.ConfigDict) -> Loader:
+    cast = _cast(config)
+    dataset = in_memory.load_tfds("fashion_mnist", config.data_dir or None)
+    return in_memory.in_memory_loader(dataset, config, cast, cast)
 
 
 def _cifar10(config: ml_collections.ConfigDict) -> Loader:
-    """From TFDS, in memory; random crops after padding by 4, and flips, are drawn on the device."""
-    dataset = data.load_tfds("cifar10", config.data_dir or None, np.uint8)
-    dtype = jnp.dtype(config.dtype)
-    host, hosts = jax.process_index(), jax.process_count()
+    """Random crops of the image padded by 4 pixels, and flips, are drawn on the device."""
+    normalize = _normalize(config, _CIFAR_MEAN, _CIFAR_STD)
 
-    def normalize(batch: Batch, key: jax.Array) -> jax.Array:
-        del key
-        scaled = jnp.asarray(batch["image"]).astype(jnp.float32) / 255
-        return ((scaled - jnp.array(_CIFAR_MEAN)) / jnp.array(_CIFAR_STD)).astype(dtype)
+    def train_preprocess(batch: Batch, key: jax.Array) -> jax.Array:
+        return augment.random_crop_and_flip(normalize(batch, key), key, _CIFAR_PADDING)
 
-    def augment(batch: Batch, key: jax.Array) -> jax.Array:
-        return random_crop_and_flip(normalize(batch, key), key, _CIFAR_PADDING)
+    dataset = in_memory.load_tfds("cifar10", config.data_dir or None, np.uint8)
+    return in_memory.in_memory_loader(dataset, config, train_preprocess, normalize)
 
-    def train(start: int) -> Batches:
-        order = data.shuffled_batches(len(dataset.train_labels), config.batch_size, config.seed)
-        for index in itertools.islice(order, start, None):
-            mine = index[host::hosts]
-            yield {"image": dataset.train_images[mine], "label": dataset.train_labels[mine]}
 
-    def evaluate(limit: int | None) -> Batches:
-        every = max(len(dataset.test_labels) // limit, 1) if limit else 1
-        for batch in data.padded_batches(
-            dataset.test_images[::every], dataset.test_labels[::every], config.batch_size
-        ):
-            yield {name: array[host::hosts] for name, array in batch.items()}
+def _tfds(config: ml_collections.ConfigDict) -> Loader:
+    open_split = functools.partial(TfdsSource, "imagenet2012", data_dir=config.data_dir or None)
+    return _photos(config, open_split("train"), open_split("validation"))
 
-    return Loader(
-        len(dataset.train_labels), len(dataset.test_labels), train, evaluate, augment, normalize
+
+def _folder(config: ml_collections.ConfigDict) -> Loader:
+    if not config.data_dir:
+        raise FileNotFoundError(
+            "--config.data=folder needs --config.data_dir=DIR, with DIR/train/<class> and "
+            "DIR/val/<class>"
+        )
+    open_split = functools.partial(FolderSource, config.data_dir)
+    return _photos(config, open_split("train"), open_split("val"))
+
+
+def _photos(config: ml_collections.ConfigDict, train_source: Source, eval_source: Source) -> Loader:
+    shared = {
+        "num_workers": (os.cpu_count() or 1) if config.workers < 0 else config.workers,
+        "num_classes": config.num_classes,
+        "size": config.image_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+    def train(start: int) -> Iterator[HostBatch]:
+        return pipeline.train_batches(
+            train_source,
+            batch_size=config.batch_size // jax.process_count(),
+            seed=config.seed,
+            start=start,
+            color_jitter=config.color_jitter,
+            **shared,
+        )
+
+    def evaluate(limit: int | None) -> Iterator[HostBatch]:
+        return pipeline.eval_batches(
+            eval_source,
+            batch_size=eval_batch_size(config) // jax.process_count(),
+            resize=config.resize,
+            limit=limit,
+            **shared,
+        )
+
+    normalize = _normalize(config)
+    return Loader(len(train_source), len(eval_source), train, evaluate, normalize, normalize)
+
+
+def _synthetic(config: ml_collections.ConfigDict) -> Loader:
+    """Noise, to measure the machine without its disk."""
+    train_images, eval_images = _SYNTHETIC_IMAGES
+    batches = functools.partial(
+        pipeline.synthetic_batches,
+        num_classes=config.num_classes,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        size=config.image_size,
     )
 
+    def train(start: int) -> Iterator[HostBatch]:
+        del start  # all batches are the same
+        batch_size = config.batch_size // jax.process_count()
+        return batches(batch_size=batch_size, color_jitter=config.color_jitter)
 
-def random_crop_and_flip(photos: jax.Array, key: jax.Array, padding: int) -> jax.Array:
-    """Each image moved by up to `padding` pixels each way, zero beyond its edge, and mirrored half
-    of the time.
+    def evaluate(limit: int | None) -> Iterator[HostBatch]:
+        size = eval_batch_size(config)
+        count = max(min(limit or eval_images, eval_images) // size, 1)
+        return batches(batch_size=size // jax.process_count(), color_jitter=None, count=count)
 
-    Args:
-      photos: shape=(batch, height, width, channels), normalised or not.
-      key: a random key.
-      padding: pixels.
-
-    Returns:
-      Images of the same shape and dtype.
-    """
-    shift_key, flip_key = jax.random.split(key)
-    batch, height, width, channels = photos.shape
-    padded = jnp.pad(photos, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    shifts = jax.random.randint(shift_key, (batch, 2), 0, 2 * padding + 1)
-    flips = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
-
-    def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (height, width, channels))
-
-    cropped = jax.vmap(crop)(padded, shifts)
-    return jnp.where(flips, cropped[:, :, ::-1], cropped)
+    normalize = _normalize(config)
+    return Loader(train_images, eval_images, train, evaluate, normalize, normalize)
 
 
-def _host_batch_size(config: ml_collections.ConfigDict) -> int:
-    """Images of a step that this host provides."""
-    return config.batch_size // jax.process_count()
+def _cast(config: ml_collections.ConfigDict) -> Preprocess:
+    """The images as they are, in the dtype of the computation."""
+    dtype = jnp.dtype(config.dtype)
+
+    def cast(batch: Batch, key: jax.Array) -> jax.Array:
+        del key
+        return jnp.asarray(batch["image"]).astype(dtype)
+
+    return cast
+
+
+def _normalize(
+    config: ml_collections.ConfigDict,
+    mean: Sequence[float] = augment.MEAN,
+    std: Sequence[float] = augment.STD,
+) -> Preprocess:
+    dtype = jnp.dtype(config.dtype)
+
+    def normalize(batch: Batch, key: jax.Array) -> jax.Array:
+        del key  # random crops and jitter factors come with the batch
+        return augment.preprocess(batch, dtype, mean, std)
+
+    return normalize
+
+
+_LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Loader]] = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "tfds": _tfds,
+    "folder": _folder,
+    "synthetic": _synthetic,
+}

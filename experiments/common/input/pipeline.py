@@ -1,9 +1,8 @@
-"""Batches of photos through Grain: shuffled, sharded by host, decoded by worker processes, on their
-way to the device early.
+"""Batches of photos through Grain: shuffled, sharded by host, decoded by worker processes.
 
-What comes out at a position depends on the seed and the position alone, not on the number of
-workers, and of hosts only in how a batch is shared out. So a run resumes by saying at which batch
-to start.
+What a position holds depends only on the seed and the position, not on the number of workers; the
+number of hosts only decides who gets which part of a batch. So a run resumes from the number of
+batches it has seen.
 
 This module imports no jax, and nothing it runs in a worker touches the accelerator.
 """
@@ -24,20 +23,17 @@ import grain
 import numpy as np
 from absl import flags
 
-from common.input import decode as photos
-from common.input.in_memory import PADDING, UNREADABLE
+from common.input.batch import PADDING, UNREADABLE, HostBatch
+from common.input.decode import UnreadableImageError, decode_eval, decode_train
 from common.input.sources import Example, Source
 
-Batch = dict[str, np.ndarray]
-Image = dict[str, np.ndarray | np.integer]  # what becomes a row of a batch
+Image = dict[str, np.ndarray | np.integer]  # becomes one row of a batch
 
-_READ_THREADS = 2  # in each process, so that a slow disk does not stop the decoding
-_BUFFERED_BATCHES = (
-    2  # finished ones that a worker keeps; Grain's own default of 500 would be some 20 GB
-)
-_WINDOW = 1000  # images, of which most must be readable
+_READ_THREADS = 2  # per process, so that a slow disk does not stall decoding
+_BUFFERED_BATCHES = 2  # finished ones per worker; Grain's default of 500 would be some 20 GB
+_WINDOW = 1000  # images, most of which must be readable
 
-_reported: set[str] = set()  # the unreadable images this process has named
+_reported: set[str] = set()  # unreadable images this process has reported
 
 
 def train_batches(
@@ -52,17 +48,16 @@ def train_batches(
     process_count: int,
     size: int = 224,
     color_jitter: float = 0.2,
-) -> Iterator[Batch]:
-    """Endless batches of random crops, one permutation of the data after another, from batch
-    `start` on.
+) -> Iterator[HostBatch]:
+    """Endless batches of random crops from batch `start` on, one permutation of the data per pass.
 
     Args:
       source: the labelled image files.
       batch_size: of this host; a step takes `batch_size * process_count` images.
       seed: of order, crops, flips and jitter.
-      start: the number of batches already seen; any is as quick as 0.
+      start: the number of batches already seen; any is as fast as 0.
       num_workers: processes that decode; 0 decodes in this one.
-      num_classes: labels must be below.
+      num_classes: labels must be below it.
       process_index: of this host.
       process_count: hosts.
       size: pixels each way.
@@ -70,19 +65,20 @@ def train_batches(
         the device applies them.
 
     Returns:
-      An iterator of "image" uint8 (B, size, size, 3), "label" int32 (B,), below 0 where
-      `UNREADABLE`, and "jitter" float32 (B, 3). Closing it, or its end, ends the workers.
+      An iterator of "image" uint8 (B, size, size, 3), "label" int32 (B,), negative where
+      `UNREADABLE`, and "jitter" float32 (B, 3). The workers end when it ends or is closed.
 
     Raises:
-      ValueError: if the source has other classes, too few images, or, in passing, a label out of
-        range.
-      RuntimeError: in passing, if most images cannot be read.
+      ValueError: if the source has other classes or too few images, or, while iterating, if a label
+        is out of range.
+      RuntimeError: while iterating, if most images cannot be read.
     """
     _check_classes(source, num_classes)
     if len(source) < batch_size * process_count:
         raise ValueError(
-            f"{len(source)} images are fewer than a batch of {batch_size * process_count} ({batch_size} on each of {process_count} "
-            "hosts): lower --config.batch_size, or check that the data set is all there"
+            f"{len(source)} images are fewer than a batch of {batch_size * process_count} "
+            f"({batch_size} on each of {process_count} hosts): lower --config.batch_size, or check "
+            "that the data set is complete"
         )
     load = _LoadTrain(source, num_classes, size, color_jitter)
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(load)
@@ -101,28 +97,28 @@ def eval_batches(
     size: int = 224,
     resize: int = 256,
     limit: int | None = None,
-) -> Iterator[Batch]:
-    """The centre crops of all images, once, in order; every host has the same number of batches,
-    all of full size.
+) -> Iterator[HostBatch]:
+    """The centre crops of all images, once, in order; every host gets as many full batches.
 
     Args:
       source: the labelled image files.
       batch_size: of this host.
       num_workers: processes that decode; 0 decodes in this one.
-      num_classes: labels must be below.
+      num_classes: labels must be below it.
       process_index: of this host.
       process_count: hosts.
       size: pixels each way.
       resize: pixels of the shorter side before the crop.
-      limit: take only so many images, evenly spread over the source.
+      limit: take only this many images, spread evenly over the source.
 
     Returns:
-      An iterator of "image" uint8 (B, size, size, 3) and "label" int32 (B,), below 0 where
+      An iterator of "image" uint8 (B, size, size, 3) and "label" int32 (B,), negative where
       `PADDING` or `UNREADABLE`.
 
     Raises:
-      ValueError: if the source has other classes, no images, or, in passing, a label out of range.
-      RuntimeError: in passing, if most images cannot be read.
+      ValueError: if the source has other classes or no images, if the crop is too large, or, while
+        iterating, if a label is out of range.
+      RuntimeError: while iterating, if most images cannot be read.
     """
     _check_classes(source, num_classes)
     if size > resize:
@@ -146,44 +142,42 @@ def synthetic_batches(
     size: int = 224,
     color_jitter: float | None = 0.2,
     count: int | None = None,
-) -> Iterator[Batch]:
-    """The same batch of noise again and again: how fast is the machine without the disk?
+) -> Iterator[HostBatch]:
+    """Repeats one batch of noise, to measure the machine without its disk.
 
     Args:
       batch_size: of this host.
-      num_classes: labels go from 0 upwards and start again.
+      num_classes: labels count from 0 and wrap around.
       seed: of the noise.
-      process_index: of this host; hosts get different noise.
+      process_index: of this host; each gets its own noise.
       size: pixels each way.
-      color_jitter: as for `train_batches`; None leaves out "jitter", as in evaluation.
-      count: how many batches; None never ends.
+      color_jitter: as for `train_batches`; None omits "jitter", as in evaluation.
+      count: number of batches; None: endless.
 
     Returns:
-      An iterator of batches as of `train_batches` or `eval_batches`.
+      An iterator of batches like those of `train_batches` or `eval_batches`.
     """
     rng = np.random.default_rng((seed, process_index))
+    labels = (np.arange(batch_size) + process_index * batch_size) % num_classes
     batch = {
         "image": rng.integers(0, 256, (batch_size, size, size, 3), np.uint8),
-        "label": ((np.arange(batch_size) + process_index * batch_size) % num_classes).astype(
-            np.int32
-        ),
+        "label": labels.astype(np.int32),
     }
     if color_jitter is not None:
-        batch["jitter"] = rng.uniform(1 - color_jitter, 1 + color_jitter, (batch_size, 3)).astype(
-            np.float32
-        )
+        factors = rng.uniform(1 - color_jitter, 1 + color_jitter, (batch_size, 3))
+        batch["jitter"] = factors.astype(np.float32)
     return itertools.repeat(batch, sys.maxsize if count is None else count)
 
 
 def prefetch_to_device(
-    batches: Iterator[Batch], put: Callable[[Batch], Any], depth: int = 2
+    batches: Iterator[HostBatch], put: Callable[[HostBatch], Any], depth: int = 2
 ) -> Iterator[Any]:
-    """Starts the transfer of batches before they are asked for.
+    """Starts the transfer of batches before they are needed.
 
     Args:
-      batches: on the host; closed with this.
+      batches: on the host; closed together with this iterator.
       put: starts a transfer and returns at once, such as `jax.device_put` with a sharding.
-      depth: how many batches are on their way while one is worked on.
+      depth: number of batches in transfer while one is in use.
 
     Yields:
       What `put` returned, in order.
@@ -202,7 +196,7 @@ def prefetch_to_device(
 
 @dataclasses.dataclass(frozen=True)
 class _LoadTrain:
-    """From the position of a record to a random crop."""
+    """Maps a record's index to a random crop."""
 
     source: Source
     num_classes: int
@@ -211,19 +205,17 @@ class _LoadTrain:
 
     def __call__(self, index: int, rng: np.random.Generator) -> Image:
         jitter = rng.uniform(1 - self.color_jitter, 1 + self.color_jitter, 3).astype(np.float32)
-        decoded = _load(
-            self.source,
-            index,
-            self.num_classes,
-            self.size,
-            lambda data: photos.decode_train(data, rng, self.size),
-        )
-        return {**decoded, "jitter": jitter}
+
+        def decode(data: bytes) -> np.ndarray:
+            return decode_train(data, rng, self.size)
+
+        image = _load(self.source, index, self.num_classes, self.size, decode)
+        return {**image, "jitter": jitter}
 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadEval:
-    """From a position in the evaluation to a centre crop; positions from `count` on are padding."""
+    """Maps a position in the evaluation to a centre crop; positions from `count` on are padding."""
 
     source: Source
     num_classes: int
@@ -235,33 +227,30 @@ class _LoadEval:
         if position >= self.count:
             return _black(self.size, PADDING)
         index = position * len(self.source) // self.count
-        return _load(
-            self.source,
-            index,
-            self.num_classes,
-            self.size,
-            lambda data: photos.decode_eval(data, self.resize, self.size),
-        )
+
+        def decode(data: bytes) -> np.ndarray:
+            return decode_eval(data, self.resize, self.size)
+
+        return _load(self.source, index, self.num_classes, self.size, decode)
 
 
 def _load(
     source: Source, index: int, num_classes: int, size: int, decode: Callable[[bytes], np.ndarray]
 ) -> Image:
-    """Reads and decodes a record; a bad one is named and blackened."""
+    """Reads and decodes a record; reports an unreadable one and makes it black."""
     example = Example(b"", 0, f"record {index}")
     try:
         example = source[index]
-        if not 0 <= example.label < num_classes:  # not a bad file, but a wrong data set
+        if not 0 <= example.label < num_classes:  # not a bad file, but the wrong data set
             raise ValueError(
                 f"{example.name} has label {example.label}, which is not in [0, {num_classes})"
             )
         return {"image": decode(example.image), "label": np.int32(example.label)}
-    except (photos.UnreadableImageError, OSError) as error:
+    except (UnreadableImageError, OSError) as error:
         if example.name not in _reported:
             _reported.add(example.name)
-            print(
-                f"unreadable image, left out: {example.name}: {error}", file=sys.stderr, flush=True
-            )
+            message = f"unreadable image, left out: {example.name}: {error}"
+            print(message, file=sys.stderr, flush=True)
         return _black(size, UNREADABLE)
 
 
@@ -272,42 +261,41 @@ def _black(size: int, label: int) -> Image:
 def _check_classes(source: Source, num_classes: int) -> None:
     if source.num_classes != num_classes:
         raise ValueError(
-            f"the data have {source.num_classes} classes, not the {num_classes} expected: is it the right data set?"
+            f"the data have {source.num_classes} classes, not the {num_classes} expected: is it "
+            "the right data set?"
         )
 
 
-def _iterate(dataset: grain.MapDataset, num_workers: int, batch_bytes: int) -> Iterator[Batch]:
-    """Runs through the batches, which workers make in turn; checks what they report, and ends them with itself."""
+def _iterate(dataset: grain.MapDataset, num_workers: int, batch_bytes: int) -> Iterator[HostBatch]:
+    """Iterates over the batches; workers make them in turn, and end with the iterator."""
     _check_shared_memory(2 * _BUFFERED_BATCHES * num_workers * batch_bytes)
     batches = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BUFFERED_BATCHES)
     )
     if num_workers:
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # Grain reads flags, which nobody parses outside of absl.app
+        if not flags.FLAGS.is_parsed():  # Grain reads flags, which only absl.app parses
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(
             num_workers, per_worker_buffer_size=_BUFFERED_BATCHES
         )
         batches = batches.mp_prefetch(options, _start_worker)
 
-    def run() -> Iterator[Batch]:
+    def run() -> Iterator[HostBatch]:
         iterator = iter(batches)
         seen = unreadable = 0
         try:
             for batch in iterator:
-                # A copy, so that memory shared with a worker is given back now, not when the device
+                # Copied, so that memory shared with a worker is released now, not once the device
                 # is done with it.
                 batch = {name: np.array(values) for name, values in batch.items()}
                 seen += len(batch["label"])
                 unreadable += int((batch["label"] == UNREADABLE).sum())
                 if seen >= _WINDOW:
-                    if (
-                        2 * unreadable > seen
-                    ):  # one bad file must not end a run of days, but a lost disk must
+                    # One bad file must not end a run of days, but a lost disk must.
+                    if 2 * unreadable > seen:
                         raise RuntimeError(
-                            f"{unreadable} of the last {seen} images are unreadable; is the data set still there?"
+                            f"{unreadable} of the last {seen} images are unreadable: is the data "
+                            "set still there?"
                         )
                     seen = unreadable = 0
                 yield batch
@@ -318,17 +306,18 @@ def _iterate(dataset: grain.MapDataset, num_workers: int, batch_bytes: int) -> I
 
 
 def _check_shared_memory(needed: int) -> None:
-    """Workers hand batches over in shared memory, and die of a bus error if it is full."""
+    """Raises if /dev/shm is too small: workers pass batches in it, and a full one is a bus error."""
     folder = "/dev/shm"
     if needed and os.path.isdir(folder) and shutil.disk_usage(folder).free < needed:
+        free = shutil.disk_usage(folder).free
         raise RuntimeError(
-            f"the workers need {needed / 1e6:.0f} MB in {folder}, which has {shutil.disk_usage(folder).free / 1e6:.0f}: "
-            "start the container with more (docker run --shm-size=...), or lower --config.workers"
+            f"the workers need {needed / 1e6:.0f} MB in {folder}, which has {free / 1e6:.0f}: start "
+            "the container with more (docker run --shm-size=...), or lower --config.workers"
         )
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Makes a worker end when its parent does, however that dies, and not before: signals are the parent's to handle."""
+    """Ties a worker's lifetime to its parent, however that dies; leaves signals to the parent."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -3,29 +3,29 @@
 import os
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from common.input.in_memory import open_tfds
-
 _SUFFIXES = (".jpeg", ".jpg", ".png")
-_LAYOUT = "expected ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG, the same classes in both (ImageNet: n01440764, ...)"
+_LAYOUT = (
+    "expected ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG, the same classes in both "
+    "(ImageNet: n01440764, ...)"
+)
 
 
 class Example(NamedTuple):
     """One record."""
 
-    image: bytes  # the file as it is: JPEG or PNG
+    image: bytes  # the undecoded file: JPEG or PNG
     label: int
     name: str  # for messages
 
 
 class Source(Protocol):
-    """What the pipeline reads from. It is pickled into every worker process: keep it small.
+    """What the pipeline reads from; pickled into every worker process, so keep it small.
 
-    `source[i]` raises OSError if just this record cannot be read; the pipeline counts it and goes
-    on.
+    `source[i]` raises OSError if only this record cannot be read; the pipeline counts and skips it.
     """
 
     num_classes: int
@@ -44,16 +44,15 @@ class TfdsSource:
         Args:
           name: of the TFDS builder, with features `image` and `label`, such as `imagenet2012`.
           split: such as `train` or `validation`.
-          data_dir: the TFDS folder; None is `TFDS_DATA_DIR`, or TFDS's own default.
+          data_dir: the TFDS folder; None: `TFDS_DATA_DIR`, or TFDS's default.
 
         Raises:
           FileNotFoundError: if the data set is not there as ArrayRecord; it says how to prepare it.
         """
         import tensorflow_datasets as tfds
 
-        self._records = open_tfds(
-            name, split, data_dir, decoders={"image": tfds.decode.SkipDecoding()}
-        )
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        self._records = open_tfds(name, split, data_dir, decoders=decoders)
         self._split = split
         self.num_classes: int = self._records.dataset_info.features["label"].num_classes
 
@@ -71,16 +70,56 @@ class TfdsSource:
         return Example(record["image"], int(record["label"]), name)
 
 
-class FolderSource:
-    """The folder tree `root/split/<class>/*.JPEG`; .jpg, .jpeg and .png count, in lower or upper
-    case.
+def open_tfds(name: str, split: str, data_dir: str | None, **options: Any) -> Any:
+    """Opens a data set prepared as ArrayRecord by `tfds.data_source`; downloads nothing.
 
-    Labels are the places of the class folders of `root/train` in sorted order, for every split, as
-    in torchvision.
+    Args:
+      name: of the TFDS builder.
+      split: one of its splits.
+      data_dir: the TFDS folder; None: `TFDS_DATA_DIR`, or TFDS's default.
+      **options: passed to `tfds.data_source`.
+
+    Raises:
+      FileNotFoundError: if the data set is not there as ArrayRecord; it says how to prepare it.
+    """
+    import tensorflow_datasets as tfds
+
+    absent = KeyError, NotImplementedError, FileNotFoundError, AssertionError
+    try:
+        return tfds.data_source(name, split=split, data_dir=data_dir, download=False, **options)
+    except (*absent, tfds.core.DatasetNotFoundError) as error:
+        where = data_dir or tfds.core.constants.DATA_DIR
+        download = otherwise = ""
+        if name == "imagenet2012":
+            manual = os.path.join(where, "downloads", "manual")  # where TFDS looks
+            download = (
+                "TFDS cannot download it: register at https://image-net.org, and put "
+                f"ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {manual}. "
+            )
+            otherwise = (
+                "\nOr unpack the photos to DIR/train/<class>/*.JPEG and DIR/val/<class>/*.JPEG, "
+                "and give --config.data=folder --config.data_dir=DIR."
+            )
+        raise FileNotFoundError(
+            f"no {name!r} as ArrayRecord in {where}. {download}Prepare it once, with network "
+            "access (only this needs TensorFlow):\n"
+            '  pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}', data_dir='{where}', file_format='array_record')"
+            '.download_and_prepare()"\n'
+            "and give its folder by --config.data_dir=DIR or the environment variable "
+            f"TFDS_DATA_DIR.{otherwise}"
+        ) from error
+
+
+class FolderSource:
+    """The folder tree `root/split/<class>/*.JPEG`, or .jpg or .png, in lower or upper case.
+
+    As in torchvision, a label is the position of its class among the sorted folders of `root/train`,
+    in every split.
     """
 
     def __init__(self, root: str, split: str) -> None:
-        """Lists the files; their order is that of the classes, then of the names.
+        """Lists the files, sorted by class, then by name.
 
         Args:
           root: the folder that holds `train` and `val`.
@@ -90,8 +129,8 @@ class FolderSource:
           UserWarning: if a class has no images in this split; it keeps its label.
 
         Raises:
-          FileNotFoundError: if a folder is missing or holds no images; it says what is expected.
-          ValueError: if the split has a class that `train` does not have.
+          FileNotFoundError: if a folder is missing or holds no images; it describes the layout.
+          ValueError: if the split has a class that `train` lacks.
         """
         self._folder = os.path.join(root, split)
         self.classes = _subfolders(os.path.join(root, "train"))
@@ -99,7 +138,8 @@ class FolderSource:
         unknown = sorted(set(_subfolders(self._folder)) - set(self.classes))
         if unknown:
             raise ValueError(
-                f"{self._folder} has {_few(unknown)} not in {os.path.join(root, 'train')}; {_LAYOUT}"
+                f"{self._folder} has {_few(unknown)} not in {os.path.join(root, 'train')}; "
+                f"{_LAYOUT}"
             )
         files = [_image_files(self._folder, name) for name in self.classes]
         counts = [len(names) for names in files]
@@ -111,7 +151,7 @@ class FolderSource:
                 f"no images in {_few(empty)} of {self._folder}: never seen, labels unchanged",
                 stacklevel=2,
             )
-        # Two arrays, because a list of 1.28 million strings would cost each worker process 100 MB.
+        # Arrays, because a list of 1.28 million strings would cost each worker process 100 MB.
         self._files = np.array([name for names in files for name in names], np.bytes_)
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
@@ -137,7 +177,7 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def _image_files(folder: str, name: str) -> list[bytes]:
-    """Sorted names of the images of a class; none if there is no such class folder."""
+    """The sorted names of a class's images; empty if the class has no folder."""
     path = os.path.join(folder, name)
     if not os.path.isdir(path):
         return []
@@ -150,6 +190,6 @@ def _image_files(folder: str, name: str) -> list[bytes]:
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first names of many, for a message."""
+    """The first few names, for a message."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ("class folder " if len(names) == 1 else "class folders ") + ", ".join(names[:5]) + more

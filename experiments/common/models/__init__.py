@@ -1,7 +1,8 @@
 """Flax NNX networks; images are NHWC.
 
-`constrained`, an attribute of each, is a pattern of the paths of the kernels to constrain, for
-`cbp_jax.select(include=...)`.
+The attribute `constrained` of each is a pattern matching the paths of the kernels to constrain, for
+`cbp_jax.select(include=...)`. `flattened` has the height, width and channels of the image that a
+dense kernel sees flattened, by the kernel's path: PyTorch flattens channels first.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from common.models.resnet import ResNet, cifar_resnet18, resnet18, resnet20, res
 from common.models.small import SmallConvNet, SmallMLP
 
 PyTree = Any
-Network = AlexNet | GoogLeNet | ResNet
+Network = AlexNet | GoogLeNet | ResNet | SmallConvNet | SmallMLP
 
 NETWORKS: Mapping[str, Callable[..., Network]] = MappingProxyType(
     {
@@ -28,6 +29,8 @@ NETWORKS: Mapping[str, Callable[..., Network]] = MappingProxyType(
         "googlenet": GoogLeNet,
         "resnet20": resnet20,
         "cifar_resnet18": cifar_resnet18,
+        "small_conv": SmallConvNet,
+        "small_mlp": SmallMLP,
     }
 )
 
@@ -56,20 +59,20 @@ def create(
     rngs: nnx.Rngs,
     **options: Any,
 ) -> Network:
-    """A network by its name, with fresh weights.
+    """Creates a network by name, with fresh weights.
 
     Args:
       name: a key of `NETWORKS`.
-      num_classes: number of logits; None for the network's own, 1000 on ImageNet and 10 on CIFAR.
+      num_classes: number of logits; None: the network's own, 1000 for ImageNet and 10 otherwise.
       dtype: of the computation; parameters, statistics and logits are float32.
       rngs: where the weights come from.
-      **options: further arguments of the network.
+      **options: further arguments of the network, such as `channels` of small_conv.
 
     Returns:
       The network, in training mode.
 
     Raises:
-      ValueError: if there is no network of that name.
+      ValueError: if there is no such network.
     """
     if name not in NETWORKS:
         raise ValueError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
@@ -79,6 +82,6 @@ def create(
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-    """The module's static part, its parameters and its batch statistics."""
+    """Splits a module into its static part, its parameters and its batch statistics."""
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

@@ -1,63 +1,102 @@
-"""Two small networks, narrow enough that low-bit weights cost something. Their first and last layers stay in full precision."""
+"""Two small networks, narrow enough that low-bit weights cost accuracy.
+
+Their first and last layers stay in full precision.
+"""
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+
+from common.models.layers import batch_norm, head
 
 
 class SmallConvNet(nnx.Module):
-    """Three 3x3 convolutions with batch normalization, the second of stride 2, then global pooling and a linear head."""
+    """Three 3x3 convolutions, the second of stride 2, global pooling and a linear head.
+
+    Args:
+      num_classes: number of logits.
+      channels: of the first convolution; the others have twice as many.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      rngs: where the weights come from.
+    """
 
     constrained = "conv[23]/kernel"
+    flattened: ClassVar[dict[str, tuple[int, int, int]]] = {}
 
-    def __init__(self, num_classes: int, channels: int, *, rngs: nnx.Rngs):
-        def conv(features_in: int, features_out: int, stride: int = 1) -> nnx.Conv:
-            return nnx.Conv(
+    def __init__(
+        self,
+        num_classes: int = 10,
+        channels: int = 6,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def layer(features_in: int, features: int, stride: int) -> tuple[nnx.Conv, nnx.BatchNorm]:
+            conv = nnx.Conv(
                 features_in,
-                features_out,
+                features,
                 (3, 3),
                 strides=stride,
                 padding="SAME",
                 use_bias=False,
+                dtype=dtype,
                 rngs=rngs,
             )
+            return conv, batch_norm(features, dtype=dtype, rngs=rngs)
 
-        self.conv1, self.bn1 = conv(1, channels), nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
-        self.conv2, self.bn2 = (
-            conv(channels, 2 * channels, stride=2),
-            nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs),
-        )
-        self.conv3, self.bn3 = (
-            conv(2 * channels, 2 * channels),
-            nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs),
-        )
-        self.head = nnx.Linear(2 * channels, num_classes, rngs=rngs)
+        self.conv1, self.bn1 = layer(1, channels, 1)
+        self.conv2, self.bn2 = layer(channels, 2 * channels, 2)
+        self.conv3, self.bn3 = layer(2 * channels, 2 * channels, 1)
+        self.head = head(2 * channels, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        del rngs  # nothing is dropped
+        """Logits in float32, (n, num_classes), of images (n, height, width, 1); ignores `rngs`."""
+        del rngs
         x = nnx.relu(self.bn1(self.conv1(images)))
         x = nnx.relu(self.bn2(self.conv2(x)))
         x = nnx.relu(self.bn3(self.conv3(x)))
-        return self.head(jnp.mean(x, axis=(1, 2)))
+        return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 
 
 class SmallMLP(nnx.Module):
-    """Four hidden layers with batch normalization; the three square ones between the first and the head are constrained."""
+    """Four hidden layers with batch normalization; all but the first are constrained.
+
+    Args:
+      num_classes: number of logits.
+      features_in: pixels of an image.
+      width: of the hidden layers.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      rngs: where the weights come from.
+    """
 
     constrained = "hidden[123]/kernel"
+    flattened: ClassVar[dict[str, tuple[int, int, int]]] = {}
 
-    def __init__(self, num_classes: int, features_in: int, width: int, *, rngs: nnx.Rngs):
-        def dense(features: int) -> nnx.Linear:
-            return nnx.Linear(features, width, use_bias=False, rngs=rngs)
+    def __init__(
+        self,
+        num_classes: int = 10,
+        features_in: int = 784,
+        width: int = 64,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def layer(features: int) -> tuple[nnx.Linear, nnx.BatchNorm]:
+            dense = nnx.Linear(features, width, use_bias=False, dtype=dtype, rngs=rngs)
+            return dense, batch_norm(width, dtype=dtype, rngs=rngs)
 
-        self.hidden0, self.bn0 = dense(features_in), nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.hidden1, self.bn1 = dense(width), nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.hidden2, self.bn2 = dense(width), nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.hidden3, self.bn3 = dense(width), nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+        self.hidden0, self.bn0 = layer(features_in)
+        self.hidden1, self.bn1 = layer(width)
+        self.hidden2, self.bn2 = layer(width)
+        self.hidden3, self.bn3 = layer(width)
+        self.head = head(width, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        del rngs  # nothing is dropped
+        """Logits in float32, (n, num_classes), of images of `features_in` pixels; ignores `rngs`."""
+        del rngs
         x = images.reshape(images.shape[0], -1)
         x = nnx.relu(self.bn0(self.hidden0(x)))
         x = nnx.relu(self.bn1(self.hidden1(x)))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import cbp_jax
-from common.training.step import Batch, Preprocess
+from common.input.batch import Batch, Preprocess
 
 PyTree = Any
 PACKED_FILE = "weights.safetensors"

@@ -1,7 +1,7 @@
 """A functional training step and its evaluation, both jitted; the step donates its state."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from common.input.in_memory import UNREADABLE
+from common.input.batch import UNREADABLE, Batch, Preprocess
 from common.training.mesh import batch_sharding
 
 PyTree = Any
-# "image": what `preprocess` takes; "label": int32 of shape (batch,), negative where there is no
-# photo to learn from.
-Batch = Mapping[str, Any]
-# The images for the network from a batch and a random key.
-Preprocess = Callable[[Batch, jax.Array], jax.Array]
 # The weights of the forward pass from the latent ones: `cbp_jax.quantize`, or `latent`.
 WeightsFn = Callable[[PyTree, optax.OptState], PyTree]
 

@@ -1,15 +1,12 @@
-"""Decoding, cropping and colour, against Pillow and against the formulas in numpy."""
+"""Decoding, cropping and resizing, against Pillow."""
 
 import io
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.input import augment as images
-from common.input import decode as photos
-from PIL import Image, ImageEnhance
+from common.input import decode
+from PIL import Image
 
 
 def smooth_image(height, width, seed=0):
@@ -55,7 +52,7 @@ class TestDecode:
     def test_every_kind_of_file_is_read_as_pillow_reads_it(self, mode, image_format, options):
         data = encode(smooth_image(60, 90).convert(mode), image_format, **options)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        actual = photos.decode_rgb(data)
+        actual = decode.decode_rgb(data)
         assert actual.dtype == np.uint8
         np.testing.assert_allclose(actual.astype(int), expected, atol=2 if mode == "CMYK" else 0)
 
@@ -64,7 +61,7 @@ class TestDecode:
         exif[0x0112] = 6  # turn by 90 degrees
         image = smooth_image(60, 90)
         np.testing.assert_array_equal(
-            photos.decode_rgb(encode(image, exif=exif)), photos.decode_rgb(encode(image))
+            decode.decode_rgb(encode(image, exif=exif)), decode.decode_rgb(encode(image))
         )
 
     @pytest.mark.parametrize(
@@ -91,16 +88,16 @@ class TestDecode:
         ],
     )
     def test_damaged_data_are_one_kind_of_error(self, data):
-        with pytest.raises(photos.UnreadableImageError):
-            photos.decode_train(data, np.random.default_rng(0), 32)
-        with pytest.raises(photos.UnreadableImageError):
-            photos.decode_eval(data, 40, 32)
+        with pytest.raises(decode.UnreadableImageError):
+            decode.decode_train(data, np.random.default_rng(0), 32)
+        with pytest.raises(decode.UnreadableImageError):
+            decode.decode_eval(data, 40, 32)
 
     def test_too_many_pixels_are_refused_before_they_are_decoded(self, monkeypatch):
-        monkeypatch.setattr(photos, "MAX_PIXELS", 60 * 90 - 1)
-        monkeypatch.setattr(photos, "decode_rgb", None)
-        with pytest.raises(photos.UnreadableImageError, match="90 x 60"):
-            photos.decode_eval(encode(smooth_image(60, 90)))
+        monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 90 - 1)
+        monkeypatch.setattr(decode, "decode_rgb", None)
+        with pytest.raises(decode.UnreadableImageError, match="90 x 60"):
+            decode.decode_eval(encode(smooth_image(60, 90)))
 
     def test_a_scaled_image_is_smaller_but_not_too_small(self):
         data = encode(smooth_image(400, 600))
@@ -111,10 +108,10 @@ class TestDecode:
             (3.9, (200, 300, 3)),
             (99, (50, 75, 3)),
         ]:
-            assert photos.decode_rgb(data, shrink).shape == shape
+            assert decode.decode_rgb(data, shrink).shape == shape
         small = np.asarray(smooth_image(400, 600).resize((150, 100), Image.Resampling.BILINEAR))
-        assert np.abs(photos.decode_rgb(data, 4).astype(int) - small).mean() < 2
-        assert photos.decode_rgb(encode(smooth_image(401, 599)), 2).shape == (201, 300, 3)
+        assert np.abs(decode.decode_rgb(data, 4).astype(int) - small).mean() < 2
+        assert decode.decode_rgb(encode(smooth_image(401, 599)), 2).shape == (201, 300, 3)
 
 
 class TestEval:
@@ -133,20 +130,20 @@ class TestEval:
     )
     def test_pixels_are_torchvisions(self, shape):
         data = encode(smooth_image(*shape))
-        actual = photos.decode_eval(data)
+        actual = decode.decode_eval(data)
         assert actual.dtype == np.uint8
         np.testing.assert_array_equal(actual, torchvision_eval(data, 256, 224))
 
     def test_a_square_that_does_not_fit_is_an_error(self):
         with pytest.raises(ValueError, match="224"):
-            photos.decode_eval(encode(smooth_image(60, 90)), resize=200, size=224)
+            decode.decode_eval(encode(smooth_image(60, 90)), resize=200, size=224)
 
 
 class TestRandomCrop:
     def test_boxes_are_inside_and_as_large_as_they_should_be(self):
         rng = np.random.default_rng(0)
         height, width = 600, 800
-        boxes = np.array([photos.random_crop(height, width, rng) for _ in range(4000)])
+        boxes = np.array([decode.random_crop(height, width, rng) for _ in range(4000)])
         top, left, crop_height, crop_width = boxes.T
         assert (top >= 0).all()
         assert (left >= 0).all()
@@ -162,7 +159,7 @@ class TestRandomCrop:
 
     def test_small_boxes_are_uniform_in_area_and_in_the_logarithm_of_the_ratio(self):
         rng = np.random.default_rng(1)
-        boxes = np.array([photos.random_crop(1000, 1000, rng) for _ in range(8000)])
+        boxes = np.array([decode.random_crop(1000, 1000, rng) for _ in range(8000)])
         area = boxes[:, 2] * boxes[:, 3] / 1e6
         small = boxes[area < 0.56]  # below 0.5625 = 0.75² / 1 every ratio fits
         quartiles = np.quantile(area[area < 0.56], [0.25, 0.5, 0.75])
@@ -175,7 +172,7 @@ class TestRandomCrop:
         [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 3000, (0, 1499, 1, 1))],
     )
     def test_a_strip_gets_the_central_crop(self, height, width, expected):
-        assert photos.random_crop(height, width, np.random.default_rng(0)) == expected
+        assert decode.random_crop(height, width, np.random.default_rng(0)) == expected
 
 
 class TestTrain:
@@ -186,76 +183,24 @@ class TestTrain:
         data = encode(smooth_image(*shape))
         full = Image.open(io.BytesIO(data))
         for seed in range(5):
-            actual = photos.decode_train(data, np.random.default_rng(seed), 64)
+            actual = decode.decode_train(data, np.random.default_rng(seed), 64)
             rng = np.random.default_rng(seed)
-            top, left, height, width = photos.random_crop(*shape, rng)
+            top, left, height, width = decode.random_crop(*shape, rng)
             box = (left, top, left + width, top + height)
             expected = np.asarray(full.crop(box).resize((64, 64), Image.Resampling.BILINEAR))
             if rng.random() < 0.5:
                 expected = expected[:, ::-1]
             assert actual.shape == (64, 64, 3)
             assert actual.dtype == np.uint8
-            assert (
-                np.abs(actual.astype(int) - expected).mean() < 3
-            )  # another filter; a wrong box or flip gives 20 and more
+            # The filter differs; a wrong box or flip gives 20 and more.
+            assert np.abs(actual.astype(int) - expected).mean() < 3
 
     def test_half_of_the_images_are_flipped(self):
         ramp = np.broadcast_to(np.arange(0, 240, 3, dtype=np.uint8)[None, :, None], (60, 80, 3))
         data = encode(Image.fromarray(np.ascontiguousarray(ramp)))
         rng = np.random.default_rng(0)
         falls = [
-            np.subtract(*photos.decode_train(data, rng, 16).mean(axis=(0, 2))[[0, -1]]) > 0
+            np.subtract(*decode.decode_train(data, rng, 16).mean(axis=(0, 2))[[0, -1]]) > 0
             for _ in range(400)
         ]
         assert 0.42 < np.mean(falls) < 0.58
-
-
-class TestPreprocess:
-    batch = np.random.default_rng(0).integers(0, 256, (3, 20, 16, 3)).astype(np.uint8)
-
-    def pixels(self, factors):
-        """Undoes the normalisation."""
-        batch = {"image": self.batch, "jitter": np.tile(np.float32(factors), (3, 1))}
-        return np.asarray(jax.jit(images.preprocess)(batch)) * [0.229, 0.224, 0.225] + [
-            0.485,
-            0.456,
-            0.406,
-        ]
-
-    def test_normalisation(self):
-        expected = (self.batch / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        np.testing.assert_allclose(images.preprocess({"image": self.batch}), expected, atol=1e-5)
-        assert images.preprocess({"image": self.batch}, jnp.bfloat16).dtype == jnp.bfloat16
-
-    def test_factors_of_one_change_nothing(self):
-        np.testing.assert_allclose(self.pixels([1, 1, 1]), self.batch / 255, atol=1e-6)
-
-    @pytest.mark.parametrize("factor", [0.8, 1.2])
-    @pytest.mark.parametrize(
-        ("place", "enhance"),
-        [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
-    )
-    def test_each_is_pillows(self, place, enhance, factor):
-        factors = [1.0, 1.0, 1.0]
-        factors[place] = factor
-        expected = [
-            np.asarray(enhance(Image.fromarray(image)).enhance(factor)) for image in self.batch
-        ]
-        np.testing.assert_allclose(
-            255 * self.pixels(factors), expected, atol=1.3
-        )  # Pillow rounds greys and cuts results
-
-    def test_all_three_in_turn_with_factors_of_their_own(self):
-        factors = np.float32([[0.8, 1.2, 1.1], [1.2, 0.8, 0.85], [1.1, 1.15, 1.2]])
-        actual = images.preprocess({"image": self.batch, "jitter": factors})
-        for image, (brightness, contrast, saturation), result in zip(
-            self.batch, factors.astype(float), actual, strict=True
-        ):
-            x = np.clip(image / 255 * brightness, 0, 1)
-            mean = (0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2]).mean()
-            x = np.clip(contrast * x + (1 - contrast) * mean, 0, 1)
-            grey = 0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2]
-            x = np.clip(saturation * x + (1 - saturation) * grey[..., None], 0, 1)
-            np.testing.assert_allclose(
-                result, (x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], atol=2e-5
-            )

@@ -6,7 +6,6 @@ import pickle
 
 import numpy as np
 import pytest
-from common.input import in_memory as data
 from common.input import sources
 from PIL import Image
 
@@ -151,13 +150,13 @@ def _sample(split):
 
 def test_small_data_sets_give_the_same_advice(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar10.*download_and_prepare") as error:
-        data.open_tfds("cifar10", "train", str(tmp_path))
+        sources.open_tfds("cifar10", "train", str(tmp_path))
     assert "manual" not in str(error.value)
 
 
 def test_missing_imagenet_names_the_manual_download_and_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        data.open_tfds("imagenet2012", "train", str(tmp_path))
+        sources.open_tfds("imagenet2012", "train", str(tmp_path))
     message = str(error.value)
     assert f"ILSVRC2012_img_val.tar into {tmp_path / 'downloads' / 'manual'}" in message
     assert "--config.data=folder" in message

@@ -1,4 +1,4 @@
-"""The larger networks: what they hold, what of it is constrained, and how they behave; mostly by shapes alone."""
+"""The networks: their parameters, which are constrained, and their outputs; mostly by shapes."""
 
 import functools
 import itertools
@@ -24,8 +24,11 @@ SIZE = {
     "resnet18": 224,
     "resnet50": 224,
     "googlenet": 224,
+    "small_conv": 8,
+    "small_mlp": 28,
 }
-CLASSES = {name: 10 if size == 32 else 1000 for name, size in SIZE.items()}
+CLASSES = {name: 1000 if size == 224 else 10 for name, size in SIZE.items()}
+CHANNELS = {name: 1 if name.startswith("small") else 3 for name in SIZE}
 NAMES = sorted(SIZE)
 
 
@@ -62,8 +65,8 @@ def forward(model, training, seed=0):
     return apply
 
 
-def output_shape(model, training, size, batch=2):
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+def output_shape(model, training, size, batch=2, channels=3):
+    images = jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
     return jax.eval_shape(forward(model, training), *models.split_model(model)[1:], images)[0]
 
 
@@ -85,6 +88,9 @@ def paths(tree):
         ("resnet20", {}, 269_722),
         ("cifar_resnet18", {}, 11_173_962),
         ("cifar_resnet18", {"num_classes": 100}, 11_173_962 + 90 * 513),
+        ("small_conv", {}, 9 * (6 + 6 * 12 + 12 * 12) + 2 * (6 + 12 + 12) + 13 * 10),
+        ("small_mlp", {}, 64 * (784 + 3 * 64) + 4 * 2 * 64 + 65 * 10),
+        ("small_mlp", {"features_in": 9, "width": 8}, 8 * (9 + 3 * 8) + 4 * 2 * 8 + 9 * 10),
     ],
 )
 def test_parameter_count(name, options, count):
@@ -108,6 +114,8 @@ AUXILIARY = {
         ("googlenet", {}, 56, {"conv1/conv/kernel", "fc/kernel"} | AUXILIARY),
         ("resnet20", {}, 18, {"conv1/kernel", "fc/kernel"}),
         ("cifar_resnet18", {}, 19, {"conv1/kernel", "fc/kernel"}),
+        ("small_conv", {}, 2, {"conv1/kernel", "head/kernel"}),
+        ("small_mlp", {}, 3, {"hidden0/kernel", "head/kernel"}),
     ],
 )
 def test_constrained(name, options, count, first_and_last):
@@ -128,7 +136,8 @@ def test_constrained(name, options, count, first_and_last):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False])
 def test_output(name, training):
-    output = output_shape(abstract(name, dtype=jnp.bfloat16), training, SIZE[name])
+    model = abstract(name, dtype=jnp.bfloat16)
+    output = output_shape(model, training, SIZE[name], channels=CHANNELS[name])
     logits = output if isinstance(output, tuple) else (output,)
     assert len(logits) == (3 if name == "googlenet" and training else 1)
     assert [(leaf.shape, leaf.dtype) for leaf in logits] == [
@@ -147,20 +156,25 @@ def test_other_image_sizes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dtypes(name):
-    """Convolutions in bfloat16, everything kept in float32, statistics too after a step."""
+    """All products but the heads' in bfloat16; what is kept in float32, statistics after a step too."""
     model = abstract(name, dtype=jnp.bfloat16)
     trees = models.split_model(model)[1:]
-    images = jax.ShapeDtypeStruct((2, SIZE[name], SIZE[name], 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, SIZE[name], SIZE[name], CHANNELS[name]), jnp.float32)
     jaxpr, (_, batch_stats) = jax.make_jaxpr(forward(model, True), return_shape=True)(
         *trees, images
     )
     assert {leaf.dtype for leaf in jax.tree.leaves((*trees, batch_stats))} == {jnp.dtype("float32")}
     assert jax.tree.structure(batch_stats) == jax.tree.structure(trees[1])
-    convolutions = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
-    assert len(convolutions) == sum(leaf.ndim == 4 for leaf in jax.tree.leaves(trees[0]))
-    assert {v.aval.dtype for eqn in convolutions for v in (*eqn.invars, *eqn.outvars)} == {
-        jnp.dtype("bfloat16")
-    }
+    products = ("conv_general_dilated", "dot_general")
+    dtypes = [
+        {variable.aval.dtype for variable in (*eqn.invars, *eqn.outvars)}
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name in products
+    ]
+    heads = 3 if name == "googlenet" else 1
+    assert dtypes.count({jnp.dtype("float32")}) == heads
+    assert dtypes.count({jnp.dtype("bfloat16")}) == len(dtypes) - heads
+    assert len(dtypes) == sum(leaf.ndim >= 2 for leaf in jax.tree.leaves(trees[0]))
 
 
 @pytest.mark.parametrize("name", NAMES)
