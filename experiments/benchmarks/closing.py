@@ -20,7 +20,7 @@ import optax
 from absl import app, flags
 from benchmarks import timing
 from common.input import in_memory as data
-from common.report.workdir import format_table
+from common.report.tables import format_table
 
 import cbp_jax
 

@@ -20,7 +20,7 @@ import optax
 from absl import app, flags
 from benchmarks import timing, weights
 from benchmarks.steps import make_step
-from common.report.workdir import format_table
+from common.report.tables import format_table
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 

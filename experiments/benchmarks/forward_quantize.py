@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from benchmarks import authors, timing, weights
-from common.report.workdir import format_table
+from common.report.tables import format_table
 
 import cbp_jax
 

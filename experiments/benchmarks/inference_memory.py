@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from common import models
-from common.report.workdir import format_table
+from common.report.tables import format_table
 from flax import nnx
 
 import cbp_jax

@@ -61,7 +61,11 @@ def measure() -> list[dict[str, Any]]:
         study.run(config, workdir, [entry for entry, _ in entries])
         for entry, about in entries:
             last = read_metrics(workdir / entry.name)[-1]
-            row = {**about, "seed": seed, "copies": copies(restore(workdir / entry.name).state.opt_state)}
+            row = {
+                **about,
+                "seed": seed,
+                "copies": copies(restore(workdir / entry.name).state.opt_state),
+            }
             rows.append(row | {name: last[name] for name in ("top1", "cfs_relative", "window")})
     return rows
 

@@ -29,7 +29,7 @@ import onnxruntime
 from absl import app, flags
 from benchmarks.decoders import cpu_model
 from common import models
-from common.report.workdir import format_table
+from common.report.tables import format_table
 from flax import nnx
 
 import cbp_jax

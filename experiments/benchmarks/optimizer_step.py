@@ -21,8 +21,8 @@ import optax
 from absl import app, flags
 from benchmarks import authors, timing, weights
 from benchmarks.steps import Step
-from common import config as settings
-from common.report.workdir import format_table
+from common.config import base_config
+from common.report.tables import format_table
 from common.training.optimizers import multiplier_options
 
 import cbp_jax
@@ -47,7 +47,7 @@ def optimizers(mask: Any) -> Iterator[tuple[str, optax.GradientTransformation, b
         for kind, optimizer in (("chain", chain), ("cbp_sgd", recipe)):
             yield f"{kind}, {constraint}", optimizer, True
             yield f"{kind}, {constraint}, without the sum", optimizer, False
-    config = settings.small_experiment()
+    config = base_config("", "")
     for dtype in ("float32", "bfloat16"):
         config.multiplier_rule, config.multiplier_dtype = "capped", dtype
         light = optax.chain(cbp_jax.cbp("ternary", mask=mask, **multiplier_options(config)), sgd)

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from common.report.workdir import format_table
+from common.report.tables import format_table
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"

@@ -19,7 +19,7 @@ import optax
 from absl import app, flags
 from benchmarks import timing, weights
 from benchmarks.steps import Step
-from common.report.workdir import format_table
+from common.report.tables import format_table
 from common.training import preflight
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -72,7 +72,7 @@ def measure() -> dict[str, Any]:
     sharing = (
         jax.local_device_count() if jax.devices()[0].platform == "cpu" else 1
     )  # virtual devices have one memory
-    most = _LARGEST.value or sharing * preflight.memory_there() // (4 * _WORDS)
+    most = _LARGEST.value or sharing * preflight.available_memory() // (4 * _WORDS)
     sizes = {}
     count = _SMALLEST
     while count <= most:

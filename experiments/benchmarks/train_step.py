@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from benchmarks import timing
-from common import config as settings
 from common import models
+from common.config import base_config
 from common.input import augment as images
-from common.report.workdir import format_table
+from common.report.tables import format_table
 from common.training import optimizers, preflight
 from common.training import step as train
 from flax import nnx
@@ -44,7 +44,8 @@ class Candidate:
     """A compiled step with a state of its own."""
 
     def __init__(self, method: str, batch: Mapping[str, jax.Array]):
-        config = settings.long_experiment(_NETWORK.value, "binary" if method == PLAIN else method)
+        config = base_config("train_step", _NETWORK.value)
+        config.constraint, config.learning_rate = "binary" if method == PLAIN else method, 1e-3
         config.phase = "pretrain" if method == PLAIN else "post_train"
         dtype = jnp.dtype(_DTYPE.value)
         model = models.create(_NETWORK.value, _NUM_CLASSES.value, dtype=dtype, rngs=nnx.Rngs(0))

@@ -24,7 +24,9 @@ def run(config: ml_collections.ConfigDict) -> None:
         from common.training.run import log, train_and_evaluate
 
         kind = "pretrain" if config.phase == "pretrain" else config.constraint
-        method = f"_{config.method}" if config.phase != "pretrain" and config.method != "cbp" else ""
+        method = (
+            f"_{config.method}" if config.phase != "pretrain" and config.method != "cbp" else ""
+        )
         folder = Path(workdir or f"runs/{config.experiment}_{kind}{method}")
         summary = train_and_evaluate(config, folder)
         log(f"\n{results_table([summary])}\n\nwritten to {folder}")
@@ -75,6 +77,4 @@ def _find_hosts(config: ml_collections.ConfigDict) -> None:
     import jax
 
     process_id = None if config.process_id < 0 else config.process_id
-    jax.distributed.initialize(
-        config.coordinator or None, config.num_processes or None, process_id
-    )
+    jax.distributed.initialize(config.coordinator or None, config.num_processes or None, process_id)

@@ -24,24 +24,23 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
+_METHODS = {"ste": ("STE", _STE), "no_window": ("CBP, no window", "#cc79a7"), "cbp": ("CBP", _CBP)}
 _SHARES = (1, 5, 10, 20, 30, 50, 75, 100)  # ticks of the histograms, in percent
 
 
 def plot_training(
     path: Path,
     title: str,
-    cbp: Sequence[Mapping[str, Any]],
-    ste: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
     full_precision_top1: float,
 ) -> None:
-    """Accuracy of the quantized weights above, CFS and the window below, over epochs.
+    """Draws accuracy of the quantized weights above, CFS and the window below, over epochs.
 
     Args:
       path: of the PNG; the PDF lies beside it.
       title: of the figure.
-      cbp: the run's rows of `metrics.jsonl`; empty if there was none.
-      ste: likewise.
-      full_precision_top1: of the weights it started from.
+      runs: by method ("cbp", "no_window", "ste"), its rows of `metrics.jsonl`.
+      full_precision_top1: of the weights the runs started from.
     """
     with plt.rc_context(_STYLE):
         figure, (top, bottom) = plt.subplots(
@@ -57,17 +56,17 @@ def plot_training(
             )
         ]
         # The first epochs may be far below everything that matters.
-        accuracies = 100 * _column([*cbp, *ste], "top1")
+        accuracies = 100 * _column([row for rows in runs.values() for row in rows], "top1")
         low, high = np.percentile(accuracies, 10), max(*accuracies, 100 * full_precision_top1)
         bottom_edge = low - 0.3 * (high - low) - 0.2
         top.set_ylim(bottom_edge, high + 0.1 * (high - low) + 0.2)
-        for rows, color, label in ((ste, _STE, "STE"), (cbp, _CBP, "CBP")):
-            if rows:
-                style: dict[str, Any] = {"color": color, "linewidth": 1.2, "marker": _marker(rows)}
-                epochs, accuracy = _column(rows, "epoch"), 100 * _column(rows, "top1")
-                handles += top.plot(epochs, accuracy, label=label, **style)
-                bottom.plot(epochs, _column(rows, "cfs_relative"), **style)
-                _mark_below(top, epochs[accuracy < bottom_edge], bottom_edge, color)
+        for method, rows in runs.items():
+            label, color = _METHODS[method]
+            style: dict[str, Any] = {"color": color, "linewidth": 1.2, "marker": _marker(rows)}
+            epochs, accuracy = _column(rows, "epoch"), 100 * _column(rows, "top1")
+            handles += top.plot(epochs, accuracy, label=label, **style)
+            bottom.plot(epochs, _column(rows, "cfs_relative"), **style)
+            _mark_below(top, epochs[accuracy < bottom_edge], bottom_edge, color)
         if (accuracies < bottom_edge).any():
             handles.append(
                 Line2D(
@@ -85,7 +84,7 @@ def plot_training(
         bottom.set_ylabel("CFS / scale")
         bottom.set_xlabel("epoch of the schedule")
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        handles += _plot_window(bottom, cbp)
+        handles += _plot_window(bottom, runs["cbp"]) if "cbp" in runs else []
         figure.align_ylabels([top, bottom])
         figure.suptitle(title, fontsize=10)
         spacing = {"columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}

@@ -33,14 +33,24 @@ def epoch_row(
         row["lagrangian"] /= setup.steps_per_epoch
     accuracy = evaluate(jax.jit(setup.weights_fn)(state.params, state.opt_state), state.batch_stats)
     row |= {
-        # As the optimizer applied it in the last step.
-        "learning_rate": float(optax.tree_utils.tree_get(state.opt_state, "learning_rate")),
+        "learning_rate": _learning_rate(state.opt_state),
         "top1": accuracy["top1"],
         "top5": accuracy["top5"],
     }
     if constrained:
         row["violation"] = {name: float(v) for name, v in _layer_violations(state).items()}
     return row | {"images_per_second": images_per_second, "unreadable": int(sums.unreadable)}
+
+
+def _learning_rate(opt_state: optax.OptState) -> float:
+    """The rate that the optimizer applied in the last step, as its state says."""
+
+    def is_array(
+        path: Any, value: Any
+    ) -> bool:  # optax keeps the schedule's state by this name too
+        return isinstance(value, jax.Array)
+
+    return float(optax.tree_utils.tree_get(opt_state, "learning_rate", filtering=is_array))
 
 
 @jax.jit
@@ -76,7 +86,9 @@ def relative_weights(state: TrainState) -> dict[str, np.ndarray]:
         }
 
     sharding = state.step.sharding  # replicated on a mesh
-    whole = jax.jit(sampled, out_shardings=sharding if isinstance(sharding, NamedSharding) else None)
+    whole = jax.jit(
+        sampled, out_shardings=sharding if isinstance(sharding, NamedSharding) else None
+    )
     return jax.tree.map(np.asarray, whole(state.params, state.opt_state))
 
 

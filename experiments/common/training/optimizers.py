@@ -82,9 +82,7 @@ def pretraining(
     return optax.with_extra_args_support(optimizer)
 
 
-def learning_rate(
-    config: ml_collections.FrozenConfigDict, steps_per_epoch: int
-) -> optax.Schedule:
+def learning_rate(config: ml_collections.FrozenConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """Returns the rate by step, scaled to the batch; `cbp_sgd` lowers it as the window closes."""
     pretrain = config.phase == "pretrain"
     epochs = config.pretrain_epochs if pretrain else config.epochs

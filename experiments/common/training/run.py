@@ -78,8 +78,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
     if resumes:
         state, record = _resumed(checkpoints, state, record)
     step, constrained = int(state.step), config.phase == "post_train"
-    log(f"{_title(config)}: {loader.train_images:,} training and {loader.eval_images:,} validation "
-        f"images; step {step:,} of {setup.total_steps:,}")
+    log(
+        f"{_title(config)}: {loader.train_images:,} training and {loader.eval_images:,} validation "
+        f"images; step {step:,} of {setup.total_steps:,}"
+    )
     folder = Workdir(workdir, step if resumes else None, writes=jax.process_index() == 0)
     folder.write_config(config)
     stream = batches = on_device(loader.train(step), setup.mesh)
@@ -91,8 +93,6 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         contextlib.closing(checkpoints),
         contextlib.closing(folder),
         contextlib.closing(stream),
-        Meter(config, step, setup.total_steps) as meter,
-        StopRequest() as stop,
     ):
         if config.preflight:
             first, train_step, line = preflight(train_step, state, stream, evaluate)
@@ -103,33 +103,35 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
             record = record._replace(full_precision_top1=accuracy["top1"])
             folder.save_weights("before", relative_weights(state))
 
-        while True:
-            # Also where a process ended between an epoch's last step and its evaluation.
-            if step % setup.steps_per_epoch == 0 and int(state.sums.steps):
-                row = epoch_row(state, setup, evaluate, meter.images_per_second())
-                folder.append_metrics(row)
-                meter.end_epoch(row)
-                if constrained:
-                    record = _keep_midway(record, row, state, folder)
-                state = _reset_sums(state)
-            if step == setup.total_steps or stop.after(step):
-                break
-            try:
-                batch = next(batches)
-            except Exception:
-                if stop.asked:  # whoever ends this process may have ended its workers too
+        with Meter(config, step, setup.total_steps) as meter, StopRequest() as stop:
+            while True:
+                # Also where a process ended between an epoch's last step and its evaluation.
+                if step % setup.steps_per_epoch == 0 and int(state.sums.steps):
+                    row = epoch_row(state, setup, evaluate, meter.images_per_second())
+                    folder.append_metrics(row)
+                    meter.end_epoch(row)
+                    if constrained:
+                        record = _keep_midway(record, row, state, folder)
+                    state = _reset_sums(state)
+                if step == setup.total_steps or stop.after(step):
                     break
-                raise
-            state, loss = train_step(state, batch)
-            step += 1
-            meter.step(loss)
-            if _checkpoint_is_due(config, setup, step):  # before the evaluation, which takes a while
+                try:
+                    batch = next(batches)
+                except Exception:
+                    if stop.asked:  # whoever ends this process may have ended its workers too
+                        break
+                    raise
+                state, loss = train_step(state, batch)
+                step += 1
+                meter.step(loss)
+                if _checkpoint_is_due(config, setup, step):  # first: the evaluation takes a while
+                    _save(checkpoints, state, now())
+            if step < setup.total_steps:
                 _save(checkpoints, state, now())
-        if step < setup.total_steps:
-            _save(checkpoints, state, now())
-            checkpoints.wait()
-            log(f"stopped at step {step:,} of {setup.total_steps:,}, saved; rerun the same command to resume")
-            raise Stopped(stop.status)
+                checkpoints.wait()
+                at = f"step {step:,} of {setup.total_steps:,}"
+                log(f"stopped at {at}, saved; rerun the same command to resume")
+                raise Stopped(stop.status)
 
     summary = _summarize(config, row, now(), state)
     if constrained:
@@ -189,7 +191,9 @@ def _save(checkpoints: Checkpoints, state: TrainState, record: Record) -> None:
 
 def _reset_sums(state: TrainState) -> TrainState:
     """Starts the sums of the next epoch."""
-    sums = jax.tree.map(lambda zero, old: jax.device_put(zero, old.sharding), zero_sums(), state.sums)
+    sums = jax.tree.map(
+        lambda zero, old: jax.device_put(zero, old.sharding), zero_sums(), state.sums
+    )
     return state._replace(sums=sums)
 
 
@@ -231,12 +235,15 @@ def _deploy(
     """Writes the packed file, and evaluates what is read back from it."""
     path = folder.path / deploy.PACKED_FILE
     whole = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(setup.mesh))
-    trees = jax.device_get(whole((state.params, state.batch_stats, state.opt_state)))
+    params, batch_stats, opt_state = jax.device_get(
+        whole((state.params, state.batch_stats, state.opt_state))
+    )
     if jax.process_index() == 0:
-        log(deploy.rounding_line(deploy.save(path, *trees, round=True)))
+        packed = deploy.save(path, params, batch_stats, opt_state, round=True)
+        log(f"packed: {deploy.rounding_line(packed)}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("packed file")
-    weights = jax.tree.map(np.asarray, deploy.load(path, state.params, state.batch_stats))
+    weights = jax.tree.map(np.asarray, deploy.load(path, params, batch_stats))
     return dataclasses.replace(
         summary, bytes_file=path.stat().st_size, file_top1=evaluate(*weights)["top1"]
     )

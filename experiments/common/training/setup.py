@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import cbp_jax
 from common import models
 from common.input import pipeline
-from common.input.batch import Batch, Loader
+from common.input.batch import HostBatch, Loader
 from common.models import torch_weights
 from common.training import mesh, optimizers
 from common.training.checkpoints import Checkpoints
@@ -89,7 +89,7 @@ def initial_state(setup: Setup, seed: int) -> tuple[TrainState, TrainState]:
     return mesh.put_state(state, shardings), shardings
 
 
-def on_device(batches: Iterator[Batch], on: Mesh) -> Any:
+def on_device(batches: Iterator[HostBatch], on: Mesh) -> Any:
     """Returns the batches on the mesh, their transfers started early."""
     sharding = mesh.batch_sharding(on)
     return pipeline.prefetch_to_device(batches, lambda batch: mesh.put_batch(batch, sharding))
