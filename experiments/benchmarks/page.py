@@ -1,4 +1,4 @@
-"""`README.md` of this folder from the results that are there: aims beside what was measured, then every benchmark's own page."""
+"""Writes this folder's `README.md` from the results, and the table of aims for docs/costs.md."""
 
 import json
 import pathlib
@@ -11,8 +11,7 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 PLAIN = "SGD with momentum"
 _DEFAULT, _LIGHT = "Adam, float32", "capped, bfloat16"  # settings of multiplier_state
-# In the order of the page; with the endings that `timing.suffix` gives, where an accelerator was
-# measured too.
+# In the order of the page; `timing.suffix` gives the endings of results from an accelerator.
 _PAGES = (
     *("optimizer_step", "optimizer_step_gpu", "optimizer_step_tpu"),
     *("forward_quantize", "forward_quantize_gpu", "forward_quantize_tpu"),
@@ -22,24 +21,43 @@ _PAGES = (
 )
 _NOT_MEASURED = "not measured"
 
-_WHY = """
+_INTRODUCTION = """
+# How fast, and how much memory
+[docs/costs.md](../../docs/costs.md) sets aims beside what was measured, and describes the light
+setting of the multipliers. This page has every measurement. It is written by
+
+```sh
+cd experiments && TFDS_DATA_DIR=DIR python -m benchmarks --authors=CLONE
+```
+
+`CLONE` is a clone of the authors' repository, dooseokjeong/CBP, and optional; `--only=` rewrites
+the page from the results that are there. Times are ratios within one run: candidates take turns,
+and medians over the turns count. The same command measures an accelerator where there is one; what
+XLA compiles for a GPU and a TPU is known without.
+
 ## Above the floor, and why
-- **The optimizer's step.** Plain SGD with momentum has to read and write 5 words for each weight,
-  CBP 6: 1.2 times plain is the floor, and what XLA makes for a GPU moves little more ("words" under
+- **The optimizer's step.** For each weight, plain SGD with momentum reads and writes 5 words and
+  CBP 6, so 1.2 times plain is the floor. XLA's code for a GPU moves little more ("words" under
   "What XLA makes of the optimizer's step" below). On a CPU it has one loop for the momentum and
-  another for the weights, so plain moves 6 words and CBP 8; the rest is arithmetic. `cbp_sgd` does
-  more than either: it decays and clips, and keeps weights in their box.
-- **The Lagrangian's sum on a CPU** reads weights and multipliers once more: XLA's CPU compiler
-  cannot add up while it writes. It is done in blocks whose sums stay in the cache. On a GPU and a
-  TPU it is part of the one kernel of each tensor. Without a `value` there is no sum, and patience
-  alone moves the window.
-- **Multipliers in bfloat16 on a CPU** save memory, but not time where there is a sum: XLA's CPU
-  compiler cannot slice 16-bit floats, and makes float32 ones of them first.
-- **The loop that moves the multipliers** has one turn every few epochs and none in the steps
-  between, and copies nothing. It is why a step takes longer to compile: it is a second set of
-  loops.
-- **On a GPU** the step has a dozen kernels more than plain SGD, for scalars, the sum of the rows
-  and that loop. What their launches cost is not measured.
+  another for the weights, so plain moves 6 words and CBP 8; the rest is arithmetic. `cbp_sgd` also
+  decays, clips and bounds the weights.
+- **The Lagrangian's sum on a CPU** reads weights and multipliers once more, because XLA's CPU
+  compiler cannot add up while it writes. It is computed in blocks whose sums stay in the cache. On
+  a GPU and a TPU it is part of the one kernel of each tensor. Without a `value` there is no sum,
+  and patience alone moves the window.
+- **Multipliers in bfloat16 on a CPU** save memory, but no time where there is a sum: XLA's CPU
+  compiler cannot slice 16-bit floats, and converts them to float32 first.
+- **The loop that moves the multipliers** runs once every few epochs and not in the steps between,
+  and copies nothing. It is a second set of loops, so the step takes longer to compile.
+- **On a GPU** the step launches a dozen kernels more than plain SGD, for scalars, the sum of the
+  rows and that loop. What they cost is not measured.
+"""
+
+_OTHERS = """
+## Other benchmarks
+Deployment and reading data, each with its own command:
+[packed weights in JAX](results/inference_memory.md), [ONNX Runtime](results/onnx_runtime.md),
+[decoders of photos](results/decoders.md).
 """
 
 
@@ -118,7 +136,7 @@ def _train(network: str) -> str:
 
 
 def _accuracy(experiment: str) -> str:
-    """By how many points the light setting is more accurate than the default, on average over constraints and seeds."""
+    """By how many points the light setting beats the default, over constraints and seeds."""
     results = _read(f"multiplier_state_{experiment}")
     if results is None:
         return _NOT_MEASURED
@@ -132,7 +150,7 @@ def _accuracy(experiment: str) -> str:
 
 
 def aims() -> str:
-    """The table of what was aimed at and what was measured."""
+    """The table of what was aimed at and what was measured, for docs/costs.md."""
 
     def summed(key: str) -> bool:
         return (
@@ -176,31 +194,13 @@ def aims() -> str:
 
 
 def write() -> None:
-    """Writes the page; an accelerator that was not at hand is a command to run."""
-    parts = [
-        "# How fast, and how much memory\n"
-        "All of this is written by `cd experiments && TFDS_DATA_DIR=DIR python -m benchmarks --authors=CLONE`; `python -m "
-        "benchmarks --only=` writes the page again. Times are ratios within one run: candidates take turns, and the medians over "
-        "turns count. `CLONE` is one of the authors' repository, dooseokjeong/CBP, and may be left out.",
-        "The light setting is `multiplier_optimizer=optax.chain(optax.clip(3e-3), optax.sgd(rate / 3e-3)), "
-        'multiplier_dtype="bfloat16"`: a multiplier grows by `rate * min(violation / 3e-3, 1)`, which needs no moments.',
-        aims(),
-        "What needs an accelerator and is not measured, the same command measures on one. What XLA makes of the step for a GPU and "
-        "a TPU is known without, and below. An aim that is not there was not set: the sum on a CPU is reported apart.",
-        _WHY.strip(),
-    ]
+    """Writes the page; what was not measured is left out."""
+    parts = [_INTRODUCTION.strip()]
     for name in _PAGES:
         path = RESULTS / f"{name}.md"
         if path.is_file():
-            parts.append(
-                "\n".join(
-                    f"#{line}" if line.startswith("#") else line
-                    for line in path.read_text().strip().splitlines()
-                )
-            )
-    parts.append(
-        "## Other benchmarks\nOf deployment and of reading data, each with its own command: [packed weights in JAX](results/"
-        "inference_memory.md), [ONNX Runtime](results/onnx_runtime.md), [decoders of photos](results/decoders.md)."
-    )
+            lines = path.read_text().strip().splitlines()
+            parts.append("\n".join(f"#{line}" if line.startswith("#") else line for line in lines))
+    parts.append(_OTHERS.strip())
     (HERE / "README.md").write_text("\n\n".join(parts) + "\n")
-    print(f"written to {HERE / 'README.md'}")
+    print(f"written to {HERE / 'README.md'}; run update_pages.py for the table in docs/costs.md")

@@ -1,28 +1,30 @@
-"""Puts what the runs below `experiments/results` measured into README.md, between the markers of
-each table.
+"""Fills the tables of README.md and docs/, between their markers, from what the runs wrote.
 
-The runs, on two CPU cores (`seconds` in the summaries says how long each takes); TFDS_DATA_DIR
-names the folder of Fashion-MNIST and CIFAR-10:
+The runs, on two CPU cores (`seconds` in the summaries says how long each takes). Remove the old
+folders first, because finished runs are not repeated. TFDS_DATA_DIR names the folder of
+Fashion-MNIST and CIFAR-10:
 
+    results=experiments/results
     for seed in 0 1 2; do
-      python experiments/digits.py --config.seed=$seed
-      --workdir=experiments/results/digits/seed$seed python experiments/fashion_mnist.py
-      --config.seed=$seed --workdir=experiments/results/fashion_mnist/seed$seed
+      python experiments/digits.py --config.seed=$seed --workdir=$results/digits/seed$seed
+      python experiments/fashion_mnist.py --config.seed=$seed \\
+        --workdir=$results/fashion_mnist/seed$seed
     done
-    run() { python experiments/cifar10_resnet20.py --workdir=experiments/results/cifar10_resnet20/$1
-    "${@:2}"; } run pretrain --config.phase=pretrain --config.steps_per_epoch=100
-    --config.pretrain_epochs=12 --config.warmup_epochs=2 run binary
-    --config.pretrained=experiments/results/cifar10_resnet20/pretrain --config.constraint=binary \\
-        --config.steps_per_epoch=50 --config.epochs=40 --config.patience=1
-        --config.multiplier_learning_rate=3e-3
+    resnet20=$results/cifar10_resnet20
+    python experiments/cifar10_resnet20.py --workdir=$resnet20/pretrain --config.phase=pretrain \\
+      --config.steps_per_epoch=100 --config.pretrain_epochs=12 --config.warmup_epochs=2
+    python experiments/cifar10_resnet20.py --workdir=$resnet20/binary --config.constraint=binary \\
+      --config.pretrained=$resnet20/pretrain --config.steps_per_epoch=50 --config.epochs=40 \\
+      --config.patience=1 --config.multiplier_learning_rate=3e-3
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
-    python experiments/update_readme.py
+    python experiments/update_pages.py
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,12 @@ from common.report.workdir import Summary, Workdir, format_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+_MARKER = re.compile(r"<!-- ([\w-]+):(?:begin|end) -->")
+_TABLE = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def seeds_table(experiment: str) -> str:
-    """Mean and sample standard deviation over the seeds of an experiment, a line a constraint."""
+    """Mean and sample deviation over the seeds of an experiment, one row per constraint."""
     rows = []
     for constraint in CONSTRAINTS:
         files = sorted((RESULTS / experiment).glob(f"seed*/{constraint}/summary.json"))
@@ -60,7 +64,7 @@ def _spread(accuracies: Sequence[float]) -> str:
 
 
 def short_run_table(experiment: str) -> str:
-    """A line a run of a long experiment that was cut short: accuracy, and how the constraint closed."""
+    """One row per run of a shortened long experiment: accuracy, and how the constraint was met."""
     rows = []
     for file in sorted((RESULTS / experiment).glob("*/summary.json")):
         summary = Summary.read(file.parent)
@@ -90,8 +94,7 @@ def short_run_table(experiment: str) -> str:
     return format_table(header, rows)
 
 
-# What the advice on settings rests on: optimizer, multiplier rate, growth of the window; binary
-# weights.
+# Rows of `closing` that docs/settings.md shows: optimizer, multiplier rate, growth of the window.
 _ADVICE = (
     ("SGD, constant", 0.0, ""),
     ("SGD, constant", 1e-3, "+10"),
@@ -105,7 +108,7 @@ _ADVICE = (
 
 
 def advice_table() -> str:
-    """The rows of the `closing` benchmark that README's advice on settings refers to."""
+    """The rows of the `closing` benchmark that the advice in docs/settings.md rests on."""
     rows = json.loads((timing.RESULTS / "closing.json").read_text())["runs"]
     found = {
         (row["optimizer"], row["rate"], row["growth"]): row
@@ -116,7 +119,7 @@ def advice_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    """The text between each pair of markers."""
+    """Every table by the name in its markers."""
     return {
         "digits": (RESULTS / "digits" / "seed0" / "table.md").read_text().strip(),
         "digits-seeds": seeds_table("digits"),
@@ -127,21 +130,36 @@ def tables() -> dict[str, str]:
     }
 
 
-def between(name: str) -> re.Pattern[str]:
-    """The text between the markers of a table, as group 1."""
-    return re.compile(rf"(?<=<!-- {name}:begin -->\n)(.*?)\n?(?=<!-- {name}:end -->)", re.DOTALL)
+def pages() -> list[Path]:
+    """The pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(texts: Sequence[str], contents: Mapping[str, str]) -> list[str]:
+    """Puts each table between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+
+    Raises:
+      ValueError: if a table has no markers or several, or markers have no table.
+    """
+    markers = Counter(name for text in texts for name in _MARKER.findall(text))
+    found = Counter(name for text in texts for _, name, _ in _TABLE.findall(text))
+    names = contents.keys() | markers.keys()
+    if wrong := {n for n in names if n not in contents or (markers[n], found[n]) != (2, 1)}:
+        raise ValueError(
+            f"tables and markers differ in {', '.join(sorted(wrong))}: each table needs one "
+            "<!-- NAME:begin --> and <!-- NAME:end --> in all pages, and each such pair a table"
+        )
+    return [_TABLE.sub(lambda m: f"{m[1]}{contents[m[2]]}\n{m[3]}", text) for text in texts]
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in tables().items():
-        text, found = between(name).subn(lambda _, table=table: table + "\n", text)  # type: ignore[misc]
-        if not found:
-            raise SystemExit(
-                f"error: README.md has no markers <!-- {name}:begin --> and <!-- {name}:end -->"
-            )
-    readme.write_text(text)
+    texts = [path.read_text() for path in pages()]
+    try:
+        new = filled(texts, tables())
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    for path, text in zip(pages(), new, strict=True):
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The example of README.md, run as it is written, and its tables against the files that the runs wrote."""
+"""README.md and docs/: code run as it is written, tables, links, lengths."""
+
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from pages import ROOT, block
+from pages import PAGES, ROOT, block, broken_links, prose_words
 
 import cbp_jax
 
-README = (ROOT / "README.md").read_text()
+OTHER_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "experiments/README.md")
 EXAMPLE, DEPLOY, LIGHT, NNX, LINEN = map(block, ("example", "deploy", "light", "nnx", "linen"))
 
 
@@ -44,10 +46,8 @@ def test_example(capsys):
     assert "60 multiplier updates in 3,000 steps" in printed
     assert namespace["loss"] < loss_fn(params, (images, labels))
     # With the schedule that the example states, the constraint is met at the end.
-    assert (
-        cbp_jax.constraint_failure_score(namespace["params"], namespace["state"], relative=True)
-        < 0.01
-    )
+    trained = namespace["params"], namespace["state"]
+    assert cbp_jax.constraint_failure_score(*trained, relative=True) < 0.01
 
 
 def test_deployment(tmp_path, monkeypatch, capsys):
@@ -89,17 +89,15 @@ def test_the_light_setting():
     ]
     assert [leaf.nbytes for leaf in kept] == [2 * 4]
     _, state = optimizer.update(params, state, params, value=jnp.float32(1))
-    scale = jnp.mean(
-        jnp.abs(params["kernel"])
-    )  # at g = 1 only what is outside the levels counts: 0.9
-    assert scale < 0.9
+    # At g = 1 only what is outside the levels counts: 0.9.
+    assert jnp.mean(jnp.abs(params["kernel"])) < 0.9
     np.testing.assert_allclose(
         np.float32(state.cbp.multipliers["kernel"]), [[0, 0], [0, 1e-4]], rtol=1e-2
     )
 
 
 def test_nnx_example():
-    """Batch statistics and the dropout counter move in the user's module; see `nnx_test.py` for the numbers."""
+    """Batch statistics and the dropout counter move in the user's module."""
 
     class Network(nnx.Module):
         def __init__(self, rngs):
@@ -142,13 +140,61 @@ def test_example_is_ten_lines_or_so():
     assert len(code) <= 15
 
 
-@pytest.mark.parametrize(
-    "name", ["digits", "digits-seeds", "fashion_mnist-seeds", "cifar10_resnet20", "closing", "cost"]
-)
-def test_tables_are_those_of_the_runs(name):
+@pytest.fixture(scope="module")
+def update_pages():
     pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
-    import update_readme
+    return importlib.import_module("update_pages")
 
-    assert (
-        update_readme.between(name).search(README).group(1).strip() == update_readme.tables()[name]
-    )
+
+def test_tables_match_the_runs(update_pages):
+    texts = [page.read_text() for page in PAGES]
+    filled = update_pages.filled(texts, update_pages.tables())
+    for page, text, expected in zip(PAGES, texts, filled, strict=True):
+        assert text == expected, f"{page}: run python experiments/update_pages.py"
+
+
+def test_markers_without_a_table_and_tables_without_markers(update_pages):
+    pair = "<!-- a:begin -->\nold\n<!-- a:end -->\n"
+    assert update_pages.filled([pair, "text"], {"a": "new"}) == [pair.replace("old", "new"), "text"]
+    for texts, contents in (
+        ([pair], {}),
+        ([pair], {"a": "new", "b": "new"}),
+        ([pair, pair], {"a": "new"}),
+        ([pair + "<!-- b:begin -->"], {"a": "new"}),
+        (["<!-- a:end -->\n<!-- a:begin -->\n"], {"a": "new"}),
+        (["<!-- a:begin -->\n", "<!-- a:end -->\n"], {"a": "new"}),
+    ):
+        with pytest.raises(ValueError, match=r"tables and markers differ in [ab]:"):
+            update_pages.filled(texts, contents)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / name for name in OTHER_PAGES)],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_relative_links_resolve(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "there.md").write_text("# A `b`, c\n```sh\n# d\n```\n## Twice\n## Twice\n")
+    good = "[a](there.md) [b](there.md#a-b-c) [c](there.md#twice-1) [d](#e) [f](https://g.h)\n# E\n"
+    bad = "[a](gone.md) ![b](gone.png) [c](there.md#d) [d](#f) [e](there.md#twice-2)\n"
+    page = tmp_path / "page.md"
+    page.write_text(good + bad + "`[a](code.md)`\n```\n[a](code.md)\n```\n")
+    assert broken_links(page) == ["gone.md", "gone.png", "there.md#d", "#f", "there.md#twice-2"]
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_pages_are_short(page):
+    assert prose_words(page) <= 900
+
+
+def test_the_continuous_integration_finds_the_test_command():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in lines if 'pip install -e ".[test]"' in line] == [
+        'pip install -e ".[test]" && pytest -n 2'
+    ]
