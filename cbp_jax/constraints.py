@@ -1,17 +1,16 @@
-"""Level sets, and the three elementwise functions that CBP needs of them.
+"""A constraint: the levels that a weight may take, and the elementwise functions CBP needs of them.
 
-With levels `Q` (in units of a scale `a`) and `q(w)` the level nearest to the weight `w`, times `a`:
+With levels `Q` in units of a scale `a`, and `q(w)` the level nearest to the weight `w`, times `a`:
 
-    violation(w, g) = 2 |w - q(w)|          where it counts, else 0
-    gradient(w, g)  = 2 sign(w - q(w))      where it counts, else 0
+    violation(w, g) = 2 |w - q(w)|          where the constraint is active, else 0
+    gradient(w, g)  = 2 sign(w - q(w))      where the constraint is active, else 0
 
-A weight counts outside the levels always, and between two of them where `2 |w - q(w)| <= gap * (1 -
-1/g)`, `gap` being the distance between the two. So the window `g` runs from 1 (only the outside
-counts) to infinity (every weight counts).
+The constraint is always active outside the outermost levels. Between two neighboring levels, `gap`
+apart, it is active where `2 |w - q(w)| <= gap * (1 - 1/g)`. So as the window `g` grows from 1 to
+infinity, the free zone around each midpoint shrinks from the whole gap to nothing.
 
 Reference: Kim and Jeong, "CBP: backpropagation with constraint on weight precision using a
-  pseudo-Lagrange multiplier method",
-NeurIPS 2021, section 3.
+pseudo-Lagrange multiplier method", NeurIPS 2021, section 3.
 """
 
 import dataclasses
@@ -30,15 +29,16 @@ from cbp_jax.step_function import step_function
 class Constraint:
     """The set of values that a constrained weight may take, in units of its scale.
 
-    A constraint is frozen, hashable and a static (leafless) pytree node: a state that holds one
-    carries it in its tree structure.
+    A constraint is frozen, hashable and a static pytree node (without leaves), so a state that
+    holds one carries it in its tree structure.
 
     Args:
-      name: what reports call it.
+      name: the name shown in reports.
       levels: at least two finite numbers, strictly increasing, in units of the scale.
 
     Raises:
-      ValueError: if the levels are fewer than two, not finite, repeated or not sorted.
+      ValueError: if there are fewer than two levels, or they are not finite or not strictly
+        increasing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,30 +58,31 @@ class Constraint:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(
-                f"a constraint's name must be a string, got {self.name!r}: write Constraint(name, levels)"
+                f"a constraint's name must be a string, got {self.name!r}: "
+                "write Constraint(name, levels)"
             )
+        start = f"constraint {self.name!r} needs"
         if isinstance(self.levels, str):
-            raise TypeError(
-                f"the levels of constraint {self.name!r} must be numbers, got the string {self.levels!r}"
-            )
+            raise TypeError(f"{start} numbers as levels, got the string {self.levels!r}")
         levels = tuple(float(level) for level in self.levels)
         if len(levels) < 2:
-            raise ValueError(f"constraint {self.name!r} needs at least two levels, got {levels}")
+            raise ValueError(f"{start} at least two levels, got {levels}")
         if not all(map(math.isfinite, levels)):
-            raise ValueError(f"constraint {self.name!r} needs finite levels, got {levels}")
+            raise ValueError(f"{start} finite levels, got {levels}")
         if any(low >= high for low, high in itertools.pairwise(levels)):
             raise ValueError(
-                f"constraint {self.name!r} needs strictly increasing levels, got {levels}: write {tuple(sorted(set(levels)))}"
+                f"{start} strictly increasing levels, got {levels}: "
+                f"write {tuple(sorted(set(levels)))}"
             )
         object.__setattr__(self, "levels", levels)
 
     @property
     def bits(self) -> int:
-        """Bits that hold the index of a level: `ceil(log2(number of levels))`."""
+        """The number of bits of a level's index: `ceil(log2(number of levels))`."""
         return (len(self.levels) - 1).bit_length()
 
     def quantize(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
-        """The level nearest to each weight, times the scale: `q(w)`.
+        """Returns `q(w)`: for each weight the nearest level, times the scale.
 
         A weight exactly on a midpoint goes to the upper level; NaN stays NaN.
 
@@ -90,7 +91,7 @@ class Constraint:
           scale: the unit of the levels, shape () or broadcastable to `w`, not negative.
 
         Returns:
-          Array of `w`'s shape and dtype.
+          Array of the shape and dtype of `w`.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -103,16 +104,17 @@ class Constraint:
         return jnp.where(jnp.isnan(w), w, self._nearest(w, scale)).astype(dtype)
 
     def violation(self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf) -> jax.Array:
-        """The constraint function: `2 |w - q(w)|` where it counts for this window, else 0.
+        """The constraint function: `2 |w - q(w)|` where the constraint is active, else 0.
 
         Args:
           w: weights, floating, any shape.
           scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the
             violation is 0.
-          window: `g >= 1`, shape (); infinity lets every weight count.
+          window: `g >= 1`, shape (); at infinity the constraint is active everywhere.
 
         Returns:
-          Array of `w`'s shape, in the weights' unit, of dtype `promote_types(w.dtype, float32)`.
+          Array of the shape of `w`, in the unit of the weights, of dtype
+          `promote_types(w.dtype, float32)`.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -131,18 +133,17 @@ class Constraint:
     def violation_grad(
         self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf
     ) -> jax.Array:
-        """The derivative of `violation` with respect to `w`: `2 sign(w - q(w))` where it counts,
-        else 0.
+        """The derivative of `violation`: `2 sign(w - q(w))` where the constraint is active, else 0.
 
         Args:
           w: weights, floating, any shape.
           scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the
             gradient is 0.
-          window: `g >= 1`, shape (); infinity lets every weight count.
+          window: `g >= 1`, shape (); at infinity the constraint is active everywhere.
 
         Returns:
-          Array of `w`'s shape and dtype `promote_types(w.dtype, float32)`, of values -2, 0 and 2;
-          exactly on a level it is 0.
+          Array of the shape of `w`, of dtype `promote_types(w.dtype, float32)` and values -2, 0
+          and 2. It is 0 exactly on a level.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -159,7 +160,7 @@ class Constraint:
         """The index into `levels` of the level nearest to each weight; arguments as in `quantize`.
 
         Returns:
-          Array of `w`'s shape, int32.
+          Array of the shape of `w`, int32.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -176,31 +177,29 @@ class Constraint:
     @property
     def _gaps(self) -> tuple[float, ...]:
         gaps = tuple(high - low for low, high in itertools.pairwise(self.levels))
-        even = max(gaps) - min(gaps) <= 1e-12 * max(gaps)  # as far as rounding tells
+        even = max(gaps) - min(gaps) <= 1e-12 * max(gaps)  # up to rounding
         return gaps[:1] * len(gaps) if even else gaps
 
     def _nearest(self, w: jax.Array, scale: jax.Array) -> jax.Array:
         return step_function(w, scale, self._midpoints, self.levels, w.dtype) * scale
 
     def _offset(self, w: jax.Array, dtype: jnp.dtype, scale: jax.Array) -> jax.Array:
-        """`w - q(w)`, with `q(w)` as a leaf of `dtype` can hold it, so that a stored level violates nothing."""
+        """`w - q(w)`, with `q(w)` rounded to `dtype` so that a stored level violates nothing."""
         nearest = self._nearest(w, scale)
-        if (
-            dtype != w.dtype
-        ):  # a pair of casts would be dropped by XLA, which may keep excess precision
+        if dtype != w.dtype:
+            # XLA may keep excess precision and drop a pair of casts, but not this.
             info = jnp.finfo(dtype)
             return w - jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
-        # XLA may fuse product and difference into one operation, whose rounding must not put a
-        # weight off its level.
+        # XLA may fuse the product and the difference; rounding must not put a weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
     def _active(
         self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike
     ) -> jax.Array:
-        """Where the constraint is in force: outside the levels, and near enough to one of them; nowhere if the scale is 0."""
+        """Where the constraint is active; nowhere if the scale is 0."""
         window = jnp.asarray(window, w.dtype)
-        # Nothing must escape an infinite window: no midpoint by rounding, no level that its dtype
-        # flushes to 0.
+        # At an infinite window nothing may escape: no midpoint through rounding, no gap that is
+        # flushed to 0.
         share = jnp.where(jnp.isinf(window), jnp.finfo(w.dtype).max, (1 - 1 / window) / 2)
         gap = step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
         outside = ~((w >= self.levels[0] * scale) & (w <= self.levels[-1] * scale))
@@ -208,7 +207,7 @@ class Constraint:
 
 
 def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:
-    """The weights in the dtype to compute in, the dtype they came in, and the scale in the first."""
+    """The weights in the dtype of the computation, their own dtype, and the scale in the former."""
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(float)

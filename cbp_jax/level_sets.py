@@ -9,7 +9,7 @@ from cbp_jax.constraints import Constraint
 
 
 def binary() -> Constraint:
-    """Levels `{-a, a}`: 1 bit a weight.
+    """Levels `{-a, a}`: 1 bit per weight.
 
     Returns:
       The constraint named "binary".
@@ -25,7 +25,7 @@ def binary() -> Constraint:
 
 
 def ternary() -> Constraint:
-    """Levels `{-a, 0, a}`: 2 bits a weight.
+    """Levels `{-a, 0, a}`: 2 bits per weight.
 
     Returns:
       The constraint named "ternary".
@@ -41,7 +41,7 @@ def ternary() -> Constraint:
 
 
 def one_bit_shift() -> Constraint:
-    """Levels `{0, ±a/2, ±a}`: 3 bits a weight; a product is a shift by at most one bit.
+    """Levels `{0, ±a/2, ±a}`: 3 bits per weight; a product is a shift by at most one bit.
 
     Returns:
       The constraint named "one_bit_shift".
@@ -57,7 +57,7 @@ def one_bit_shift() -> Constraint:
 
 
 def two_bit_shift() -> Constraint:
-    """Levels `{0, ±a/4, ±a/2, ±a}`: 3 bits a weight; a product is a shift by at most two bits.
+    """Levels `{0, ±a/4, ±a/2, ±a}`: 3 bits per weight; a product is a shift by at most two bits.
 
     Returns:
       The constraint named "two_bit_shift".
@@ -76,14 +76,14 @@ def shift(depth: int) -> Constraint:
     """Zero and signed powers of two: levels `{0, ±2^-d}` for d = 0..depth.
 
     Args:
-      depth: the largest shift, at least 0. `shift(0)` has the levels of `ternary()`, `shift(1)` of
-        `one_bit_shift()`, `shift(2)` of `two_bit_shift()`.
+      depth: the largest shift, 0 to 64. `shift(0)` has the levels of `ternary()`, `shift(1)` those
+        of `one_bit_shift()`, `shift(2)` those of `two_bit_shift()`.
 
     Returns:
-      A constraint of `2 * depth + 3` levels.
+      A constraint with `2 * depth + 3` levels.
 
     Raises:
-      ValueError: if the depth is not an integer of 0 to 64.
+      ValueError: if the depth is not an integer from 0 to 64.
 
     Example:
       >>> import cbp_jax
@@ -98,23 +98,22 @@ def shift(depth: int) -> Constraint:
 
 @functools.cache
 def uniform(bits: int) -> Constraint:
-    """Evenly spaced symmetric levels with 0 among them: `k * s` for |k| < 2^(bits - 1).
+    """Evenly spaced symmetric levels that include 0: `k * s` for |k| < 2^(bits - 1).
 
     The step `s` minimises the mean squared error on Gaussian weights of mean absolute value 1, the
-    library's unit. With `sigma = sqrt(pi / 2)`, `t = s / sigma`, edges `x_k = (k - 1/2) t`, density
-    `phi` and upper tail `Q` of the normal distribution:
+    default scale. With `sigma = sqrt(pi / 2)`, `t = s / sigma`, `K = 2^(bits - 1) - 1`, edges
+    `x_k = (k - 1/2) t`, and density `phi` and upper tail `Q` of the normal distribution:
 
-        error(t) = sigma^2 (1 - 4 t sum_k phi(x_k) + 2 t^2 sum_k (2 k - 1) Q(x_k)),    k = 1 ..
-        2^(bits - 1) - 1
+        error(t) = sigma^2 (1 - 4 t sum_k phi(x_k) + 2 t^2 sum_k (2 k - 1) Q(x_k)),   k = 1 .. K
 
     Args:
-      bits: bits a weight, 2 to 12.
+      bits: bits per weight, 2 to 12.
 
     Returns:
-      A constraint of `2^bits - 1` levels.
+      A constraint with `2^bits - 1` levels.
 
     Raises:
-      ValueError: if `bits` is not an integer of 2 to 12.
+      ValueError: if `bits` is not an integer from 2 to 12.
 
     Example:
       >>> import cbp_jax
@@ -126,9 +125,10 @@ def uniform(bits: int) -> Constraint:
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 12:
         raise ValueError(
-            f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: for one bit use binary()"
+            f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: "
+            "for one bit use binary()"
         )
-    from scipy import optimize  # jax depends on it; imported late because it is slow to load
+    from scipy import optimize  # a dependency of jax; imported late because it is slow to load
 
     highest = 2 ** (bits - 1) - 1
 
@@ -138,12 +138,12 @@ def uniform(bits: int) -> Constraint:
         tail = sum((2 * k - 1) * math.erfc(x / math.sqrt(2)) / 2 for k, x in enumerate(edges, 1))
         return 1 - 4 * step * density + 2 * step * step * tail
 
-    # Ten standard deviations at the highest level are too many, half a one too few.
+    # The best highest level lies between half a standard deviation and ten.
     found = optimize.minimize_scalar(
         error, bounds=(0.5 / highest, 10 / highest), method="bounded", options={"xatol": 1e-10}
     )
-    # Of 12 binary digits, so that all levels and the midpoints between them are float32 numbers;
-    # the error is the same to 1e-7.
+    # Rounded to 12 binary digits, so that float32 holds all levels and midpoints exactly; this
+    # changes the error by less than 1e-7.
     mantissa, exponent = math.frexp(float(found.x) * math.sqrt(math.pi / 2))
     step = math.ldexp(round(mantissa * 2**12), exponent - 12)
     return Constraint(f"uniform{bits}", tuple(k * step for k in range(-highest, highest + 1)))
@@ -151,20 +151,21 @@ def uniform(bits: int) -> Constraint:
 
 _NAMED = {rule.name: rule for rule in (binary(), ternary(), one_bit_shift(), two_bit_shift())}
 
-CONSTRAINTS = tuple(_NAMED)  # the names that `get_constraint` and `cbp` take
+CONSTRAINTS = tuple(_NAMED)  # the names that `get_constraint` and `cbp` accept
 
 
 def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
-    """The constraint of a name; a constraint is returned as it is.
+    """Returns the constraint of that name; a `Constraint` is returned unchanged.
 
     Args:
-      name_or_constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", or a `Constraint`.
+      name_or_constraint: one of `cbp_jax.CONSTRAINTS` ("binary", "ternary", "one_bit_shift",
+        "two_bit_shift"), or a `Constraint`.
 
     Returns:
       The constraint.
 
     Raises:
-      ValueError: if no constraint has the name; the error lists those that exist.
+      ValueError: if no constraint has that name; the error lists the known names.
       TypeError: if the argument is neither a name nor a constraint.
 
     Example:
@@ -176,13 +177,15 @@ def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
         return name_or_constraint
     if not isinstance(name_or_constraint, str):
         raise TypeError(
-            f"a constraint is a name or a Constraint, got {name_or_constraint!r} ({type(name_or_constraint).__name__})"
+            f"a constraint is a name or a Constraint, got {name_or_constraint!r} "
+            f"({type(name_or_constraint).__name__})"
         )
-    if name_or_constraint not in CONSTRAINTS:
+    if name_or_constraint not in _NAMED:
         close = difflib.get_close_matches(name_or_constraint, CONSTRAINTS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown constraint {name_or_constraint!r}; known are {', '.join(map(repr, CONSTRAINTS))}.{hint} "
+            f"unknown constraint {name_or_constraint!r}; known are "
+            f"{', '.join(map(repr, CONSTRAINTS))}.{hint} "
             "For other levels use shift(depth), uniform(bits) or Constraint(name, levels)."
         )
     return _NAMED[name_or_constraint]
