@@ -1,8 +1,13 @@
 """CBP quantization for JAX: binary, ternary and power-of-two weights by one link of an optax chain."""
 
-from cbp_jax.constraints import (
+from cbp_jax.constraints import Constraint
+from cbp_jax.deploy.inference import make_predict
+from cbp_jax.deploy.onnx_export import export_onnx
+from cbp_jax.deploy.packed_file import load_packed, save_packed
+from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor, pack, unpack
+from cbp_jax.description import check_description, describe
+from cbp_jax.level_sets import (
     CONSTRAINTS,
-    Constraint,
     binary,
     get_constraint,
     one_bit_shift,
@@ -11,11 +16,6 @@ from cbp_jax.constraints import (
     two_bit_shift,
     uniform,
 )
-from cbp_jax.deploy.inference import make_predict
-from cbp_jax.deploy.onnx_export import export_onnx
-from cbp_jax.deploy.packed_file import load_packed, save_packed
-from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor, pack, unpack
-from cbp_jax.description import check_description, describe
 from cbp_jax.masking import select
 from cbp_jax.metrics import (
     constraint_failure_score,

@@ -1,22 +1,19 @@
-"""Level sets, and the three elementwise functions that CBP needs of them.
+"""A constraint: the levels that a weight may take, and the elementwise functions CBP needs of them.
 
-With levels `Q` (in units of a scale `a`) and `q(w)` the level nearest to the weight `w`, times `a`:
+With levels `Q` in units of a scale `a`, and `q(w)` the level nearest to the weight `w`, times `a`:
 
-    violation(w, g) = 2 |w - q(w)|          where it counts, else 0
-    gradient(w, g)  = 2 sign(w - q(w))      where it counts, else 0
+    violation(w, g) = 2 |w - q(w)|          where the constraint is active, else 0
+    gradient(w, g)  = 2 sign(w - q(w))      where the constraint is active, else 0
 
-A weight counts outside the levels always, and between two of them where `2 |w - q(w)| <= gap * (1 -
-1/g)`, `gap` being the distance between the two. So the window `g` runs from 1 (only the outside
-counts) to infinity (every weight counts).
+The constraint is always active outside the outermost levels. Between two neighboring levels, `gap`
+apart, it is active where `2 |w - q(w)| <= gap * (1 - 1/g)`. So as the window `g` grows from 1 to
+infinity, the free zone around each midpoint shrinks from the whole gap to nothing.
 
 Reference: Kim and Jeong, "CBP: backpropagation with constraint on weight precision using a
-  pseudo-Lagrange multiplier method",
-NeurIPS 2021, section 3.
+pseudo-Lagrange multiplier method", NeurIPS 2021, section 3.
 """
 
 import dataclasses
-import difflib
-import functools
 import itertools
 import math
 
@@ -32,15 +29,16 @@ from cbp_jax.step_function import step_function
 class Constraint:
     """The set of values that a constrained weight may take, in units of its scale.
 
-    A constraint is frozen, hashable and a static (leafless) pytree node: a state that holds one
-    carries it in its tree structure.
+    A constraint is frozen, hashable and a static pytree node (without leaves), so a state that
+    holds one carries it in its tree structure.
 
     Args:
-      name: what reports call it.
+      name: the name shown in reports.
       levels: at least two finite numbers, strictly increasing, in units of the scale.
 
     Raises:
-      ValueError: if the levels are fewer than two, not finite, repeated or not sorted.
+      ValueError: if there are fewer than two levels, or they are not finite or not strictly
+        increasing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,30 +58,31 @@ class Constraint:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(
-                f"a constraint's name must be a string, got {self.name!r}: write Constraint(name, levels)"
+                f"a constraint's name must be a string, got {self.name!r}: "
+                "write Constraint(name, levels)"
             )
+        start = f"constraint {self.name!r} needs"
         if isinstance(self.levels, str):
-            raise TypeError(
-                f"the levels of constraint {self.name!r} must be numbers, got the string {self.levels!r}"
-            )
+            raise TypeError(f"{start} numbers as levels, got the string {self.levels!r}")
         levels = tuple(float(level) for level in self.levels)
         if len(levels) < 2:
-            raise ValueError(f"constraint {self.name!r} needs at least two levels, got {levels}")
+            raise ValueError(f"{start} at least two levels, got {levels}")
         if not all(map(math.isfinite, levels)):
-            raise ValueError(f"constraint {self.name!r} needs finite levels, got {levels}")
+            raise ValueError(f"{start} finite levels, got {levels}")
         if any(low >= high for low, high in itertools.pairwise(levels)):
             raise ValueError(
-                f"constraint {self.name!r} needs strictly increasing levels, got {levels}: write {tuple(sorted(set(levels)))}"
+                f"{start} strictly increasing levels, got {levels}: "
+                f"write {tuple(sorted(set(levels)))}"
             )
         object.__setattr__(self, "levels", levels)
 
     @property
     def bits(self) -> int:
-        """Bits that hold the index of a level: `ceil(log2(number of levels))`."""
+        """The number of bits of a level's index: `ceil(log2(number of levels))`."""
         return (len(self.levels) - 1).bit_length()
 
     def quantize(self, w: ArrayLike, scale: ArrayLike) -> jax.Array:
-        """The level nearest to each weight, times the scale: `q(w)`.
+        """Returns `q(w)`: for each weight the nearest level, times the scale.
 
         A weight exactly on a midpoint goes to the upper level; NaN stays NaN.
 
@@ -92,7 +91,7 @@ class Constraint:
           scale: the unit of the levels, shape () or broadcastable to `w`, not negative.
 
         Returns:
-          Array of `w`'s shape and dtype.
+          Array of the shape and dtype of `w`.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -105,16 +104,17 @@ class Constraint:
         return jnp.where(jnp.isnan(w), w, self._nearest(w, scale)).astype(dtype)
 
     def violation(self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf) -> jax.Array:
-        """The constraint function: `2 |w - q(w)|` where it counts for this window, else 0.
+        """The constraint function: `2 |w - q(w)|` where the constraint is active, else 0.
 
         Args:
           w: weights, floating, any shape.
           scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the
             violation is 0.
-          window: `g >= 1`, shape (); infinity lets every weight count.
+          window: `g >= 1`, shape (); at infinity the constraint is active everywhere.
 
         Returns:
-          Array of `w`'s shape, in the weights' unit, of dtype `promote_types(w.dtype, float32)`.
+          Array of the shape of `w`, in the unit of the weights, of dtype
+          `promote_types(w.dtype, float32)`.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -133,18 +133,17 @@ class Constraint:
     def violation_grad(
         self, w: ArrayLike, scale: ArrayLike, window: ArrayLike = math.inf
     ) -> jax.Array:
-        """The derivative of `violation` with respect to `w`: `2 sign(w - q(w))` where it counts,
-        else 0.
+        """The derivative of `violation`: `2 sign(w - q(w))` where the constraint is active, else 0.
 
         Args:
           w: weights, floating, any shape.
           scale: the unit of the levels, shape () or broadcastable to `w`; where it is 0 the
             gradient is 0.
-          window: `g >= 1`, shape (); infinity lets every weight count.
+          window: `g >= 1`, shape (); at infinity the constraint is active everywhere.
 
         Returns:
-          Array of `w`'s shape and dtype `promote_types(w.dtype, float32)`, of values -2, 0 and 2;
-          exactly on a level it is 0.
+          Array of the shape of `w`, of dtype `promote_types(w.dtype, float32)` and values -2, 0
+          and 2. It is 0 exactly on a level.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -161,7 +160,7 @@ class Constraint:
         """The index into `levels` of the level nearest to each weight; arguments as in `quantize`.
 
         Returns:
-          Array of `w`'s shape, int32.
+          Array of the shape of `w`, int32.
 
         Example:
           >>> import jax.numpy as jnp, cbp_jax
@@ -178,31 +177,29 @@ class Constraint:
     @property
     def _gaps(self) -> tuple[float, ...]:
         gaps = tuple(high - low for low, high in itertools.pairwise(self.levels))
-        even = max(gaps) - min(gaps) <= 1e-12 * max(gaps)  # as far as rounding tells
+        even = max(gaps) - min(gaps) <= 1e-12 * max(gaps)  # up to rounding
         return gaps[:1] * len(gaps) if even else gaps
 
     def _nearest(self, w: jax.Array, scale: jax.Array) -> jax.Array:
         return step_function(w, scale, self._midpoints, self.levels, w.dtype) * scale
 
     def _offset(self, w: jax.Array, dtype: jnp.dtype, scale: jax.Array) -> jax.Array:
-        """`w - q(w)`, with `q(w)` as a leaf of `dtype` can hold it, so that a stored level violates nothing."""
+        """`w - q(w)`, with `q(w)` rounded to `dtype` so that a stored level violates nothing."""
         nearest = self._nearest(w, scale)
-        if (
-            dtype != w.dtype
-        ):  # a pair of casts would be dropped by XLA, which may keep excess precision
+        if dtype != w.dtype:
+            # XLA may keep excess precision and drop a pair of casts, but not this.
             info = jnp.finfo(dtype)
             return w - jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
-        # XLA may fuse product and difference into one operation, whose rounding must not put a
-        # weight off its level.
+        # XLA may fuse the product and the difference; rounding must not put a weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
     def _active(
         self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike
     ) -> jax.Array:
-        """Where the constraint is in force: outside the levels, and near enough to one of them; nowhere if the scale is 0."""
+        """Where the constraint is active; nowhere if the scale is 0."""
         window = jnp.asarray(window, w.dtype)
-        # Nothing must escape an infinite window: no midpoint by rounding, no level that its dtype
-        # flushes to 0.
+        # At an infinite window nothing may escape: no midpoint through rounding, no gap that is
+        # flushed to 0.
         share = jnp.where(jnp.isinf(window), jnp.finfo(w.dtype).max, (1 - 1 / window) / 2)
         gap = step_function(w, scale, self.levels[1:-1], self._gaps, w.dtype) * scale
         outside = ~((w >= self.levels[0] * scale) & (w <= self.levels[-1] * scale))
@@ -210,189 +207,9 @@ class Constraint:
 
 
 def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:
-    """The weights in the dtype to compute in, the dtype they came in, and the scale in the first."""
+    """The weights in the dtype of the computation, their own dtype, and the scale in the former."""
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(float)
     compute = jnp.promote_types(w.dtype, jnp.float32)
     return w.astype(compute), w.dtype, jnp.asarray(scale, compute)
-
-
-def binary() -> Constraint:
-    """Levels `{-a, a}`: 1 bit a weight.
-
-    Returns:
-      The constraint named "binary".
-
-    Example:
-      >>> import cbp_jax
-      >>> cbp_jax.binary().levels
-      (-1.0, 1.0)
-
-    Reference: Kim and Jeong (2021), section 4.
-    """
-    return Constraint("binary", (-1.0, 1.0))
-
-
-def ternary() -> Constraint:
-    """Levels `{-a, 0, a}`: 2 bits a weight.
-
-    Returns:
-      The constraint named "ternary".
-
-    Example:
-      >>> import cbp_jax
-      >>> cbp_jax.ternary().levels
-      (-1.0, 0.0, 1.0)
-
-    Reference: Kim and Jeong (2021), section 4.
-    """
-    return Constraint("ternary", (-1.0, 0.0, 1.0))
-
-
-def one_bit_shift() -> Constraint:
-    """Levels `{0, ±a/2, ±a}`: 3 bits a weight; a product is a shift by at most one bit.
-
-    Returns:
-      The constraint named "one_bit_shift".
-
-    Example:
-      >>> import cbp_jax
-      >>> cbp_jax.one_bit_shift().levels
-      (-1.0, -0.5, 0.0, 0.5, 1.0)
-
-    Reference: Kim and Jeong (2021), section 4.
-    """
-    return dataclasses.replace(shift(1), name="one_bit_shift")
-
-
-def two_bit_shift() -> Constraint:
-    """Levels `{0, ±a/4, ±a/2, ±a}`: 3 bits a weight; a product is a shift by at most two bits.
-
-    Returns:
-      The constraint named "two_bit_shift".
-
-    Example:
-      >>> import cbp_jax
-      >>> cbp_jax.two_bit_shift().levels
-      (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
-
-    Reference: Kim and Jeong (2021), section 4.
-    """
-    return dataclasses.replace(shift(2), name="two_bit_shift")
-
-
-def shift(depth: int) -> Constraint:
-    """Zero and signed powers of two: levels `{0, ±2^-d}` for d = 0..depth.
-
-    Args:
-      depth: the largest shift, at least 0. `shift(0)` has the levels of `ternary()`, `shift(1)` of
-        `one_bit_shift()`, `shift(2)` of `two_bit_shift()`.
-
-    Returns:
-      A constraint of `2 * depth + 3` levels.
-
-    Raises:
-      ValueError: if the depth is not an integer of 0 to 64.
-
-    Example:
-      >>> import cbp_jax
-      >>> len(cbp_jax.shift(6).levels), cbp_jax.shift(6).bits
-      (15, 4)
-    """
-    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 <= depth <= 64:
-        raise ValueError(f"shift needs an integer depth of 0 to 64, got {depth!r}")
-    powers = [2.0**-d for d in range(depth + 1)]
-    return Constraint(f"shift{depth}", (*(-p for p in powers), 0.0, *reversed(powers)))
-
-
-@functools.cache
-def uniform(bits: int) -> Constraint:
-    """Evenly spaced symmetric levels with 0 among them: `k * s` for |k| < 2^(bits - 1).
-
-    The step `s` minimises the mean squared error on Gaussian weights of mean absolute value 1, the
-    library's unit. With `sigma = sqrt(pi / 2)`, `t = s / sigma`, edges `x_k = (k - 1/2) t`, density
-    `phi` and upper tail `Q` of the normal distribution:
-
-        error(t) = sigma^2 (1 - 4 t sum_k phi(x_k) + 2 t^2 sum_k (2 k - 1) Q(x_k)),    k = 1 ..
-        2^(bits - 1) - 1
-
-    Args:
-      bits: bits a weight, 2 to 12.
-
-    Returns:
-      A constraint of `2^bits - 1` levels.
-
-    Raises:
-      ValueError: if `bits` is not an integer of 2 to 12.
-
-    Example:
-      >>> import cbp_jax
-      >>> [round(level, 3) for level in cbp_jax.uniform(2).levels]
-      [-1.534, 0.0, 1.534]
-
-    Reference: Max, "Quantizing for minimum distortion", IRE Transactions on Information Theory,
-      1960, for the optimal step.
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 12:
-        raise ValueError(
-            f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: for one bit use binary()"
-        )
-    from scipy import optimize  # jax depends on it; imported late because it is slow to load
-
-    highest = 2 ** (bits - 1) - 1
-
-    def error(step: float) -> float:
-        edges = [(k - 0.5) * step for k in range(1, highest + 1)]
-        density = sum(math.exp(-x * x / 2) for x in edges) / math.sqrt(2 * math.pi)
-        tail = sum((2 * k - 1) * math.erfc(x / math.sqrt(2)) / 2 for k, x in enumerate(edges, 1))
-        return 1 - 4 * step * density + 2 * step * step * tail
-
-    # Ten standard deviations at the highest level are too many, half a one too few.
-    found = optimize.minimize_scalar(
-        error, bounds=(0.5 / highest, 10 / highest), method="bounded", options={"xatol": 1e-10}
-    )
-    # Of 12 binary digits, so that all levels and the midpoints between them are float32 numbers;
-    # the error is the same to 1e-7.
-    mantissa, exponent = math.frexp(float(found.x) * math.sqrt(math.pi / 2))
-    step = math.ldexp(round(mantissa * 2**12), exponent - 12)
-    return Constraint(f"uniform{bits}", tuple(k * step for k in range(-highest, highest + 1)))
-
-
-_NAMED = {rule.name: rule for rule in (binary(), ternary(), one_bit_shift(), two_bit_shift())}
-
-CONSTRAINTS = tuple(_NAMED)  # the names that `get_constraint` and `cbp` take
-
-
-def get_constraint(name_or_constraint: str | Constraint) -> Constraint:
-    """The constraint of a name; a constraint is returned as it is.
-
-    Args:
-      name_or_constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", or a `Constraint`.
-
-    Returns:
-      The constraint.
-
-    Raises:
-      ValueError: if no constraint has the name; the error lists those that exist.
-      TypeError: if the argument is neither a name nor a constraint.
-
-    Example:
-      >>> import cbp_jax
-      >>> cbp_jax.get_constraint("binary") == cbp_jax.binary()
-      True
-    """
-    if isinstance(name_or_constraint, Constraint):
-        return name_or_constraint
-    if not isinstance(name_or_constraint, str):
-        raise TypeError(
-            f"a constraint is a name or a Constraint, got {name_or_constraint!r} ({type(name_or_constraint).__name__})"
-        )
-    if name_or_constraint not in CONSTRAINTS:
-        close = difflib.get_close_matches(name_or_constraint, CONSTRAINTS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"unknown constraint {name_or_constraint!r}; known are {', '.join(map(repr, CONSTRAINTS))}.{hint} "
-            "For other levels use shift(depth), uniform(bits) or Constraint(name, levels)."
-        )
-    return _NAMED[name_or_constraint]

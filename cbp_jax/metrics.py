@@ -1,7 +1,7 @@
 """How far the weights are from their levels: the failure score, a report per layer, a histogram of levels."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,15 @@ import optax
 
 from cbp_jax.masking import PyTree, path_string
 from cbp_jax.state import (
-    ON_LEVEL,
     ConstrainedLeaf,
     constrained_leaves,
     find_states,
     float_dtype,
     window,
 )
-from cbp_jax.tables import aligned
+
+# A weight counts as on its level when it is within this share of the scale.
+ON_LEVEL = 0.01
 
 
 def constraint_failure_score(
@@ -271,3 +272,15 @@ def _table_row(layer: LayerReport) -> tuple[str, ...]:
         f"{float(layer.multiplier_mean):.3g}",
         f"{float(layer.multiplier_max):.3g}",
     )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, the first row its header: the first two columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justify = (str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2))
+    lines = [
+        "  ".join(how(cell, width) for how, cell, width in zip(justify, row, widths, strict=True))
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return [line.rstrip() for line in lines]

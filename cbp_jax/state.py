@@ -5,16 +5,11 @@ leaves with parameters by path, so a Flax NNX state, its pure form and the `opt_
 `nnx.Optimizer` all fit each other.
 """
 
-import math
-import warnings
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import (
@@ -23,17 +18,10 @@ from cbp_jax.masking import (
     as_path,
     flatten_with_paths,
     has_modules,
-    is_floating,
     is_variable,
     path_string,
 )
-
-ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-
-# A weight counts as on its level when it is within this share of the scale.
-ON_LEVEL = 0.01
-# With so few weights per level, distinct values say nothing about whether they are quantized.
-_FEW_PER_LEVEL = 4
+from cbp_jax.scales import ScaleFn, measure_scale
 
 
 class CBPState(NamedTuple):
@@ -277,109 +265,3 @@ def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[Constrain
             )
         leaves.append(ConstrainedLeaf(path, weight, constraint, scale, multiplier))
     return leaves
-
-
-def mean_absolute_value(w: jax.Array, kept_axes: tuple[int, ...]) -> jax.Array:
-    """The default scale: `mean |w|`, over all axes but the kept ones."""
-    axes = tuple(axis for axis in range(w.ndim) if axis not in kept_axes)
-    return jnp.mean(jnp.abs(w), axis=axes, keepdims=bool(kept_axes))
-
-
-def measure_scale(
-    path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: ScaleFn | None
-) -> jax.Array:
-    """A leaf's scale, in the dtype to compute in; refuses, where values can be seen, one that is zero or not finite throughout."""
-    compute = jnp.promote_types(w.dtype, jnp.float32)
-    kept = normalize_axes(path, w.ndim, kept_axes)
-    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(w.shape)) if kept else ()
-    if w.size == 0:
-        return jnp.zeros(shape, compute)
-    if kept and math.prod(shape) == w.size > 1:
-        raise ValueError(
-            f"scale_axis={tuple(kept_axes)} keeps every axis of {path_string(path)!r}, of shape {w.shape}: each weight would have "
-            "its own scale, and be on a level from the start. Exclude this leaf with mask=cbp_jax.select(exclude=...), or keep "
-            "fewer axes"
-        )
-    scale = jnp.array((scale_fn or mean_absolute_value)(w.astype(compute), kept), compute)
-    if scale.shape != shape:
-        raise ValueError(
-            f"scale_fn gave {path_string(path)!r} a scale of shape {scale.shape}; shape {shape} was expected"
-        )
-    scale = _replicate(scale)
-    if not isinstance(scale, jax.core.Tracer) and (
-        scale.is_fully_addressable or scale.is_fully_replicated
-    ):
-        values = np.asarray(scale)
-        if not np.all(np.isfinite(values)) or np.any(values < 0):
-            raise ValueError(
-                f"the scale of {path_string(path)!r} is negative or not finite: check its weights, and scale_fn"
-            )
-        if np.all(values == 0):
-            raise ValueError(
-                f"the scale of {path_string(path)!r} is 0, because all its weights are: load the pre-trained weights before "
-                "optimizer.init, or leave this leaf out with mask=cbp_jax.select(exclude=...)"
-            )
-    return scale
-
-
-def warn_if_quantized(
-    path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]
-) -> None:
-    """Warns, where values can be seen, if a leaf has no more distinct values than levels (per scale): it is quantized already."""
-    most = len(constraint.levels)
-    if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True) or not w.size:
-        return
-    kept = normalize_axes(path, w.ndim, kept_axes)
-    one_scale = tuple(0 if axis in kept else slice(None) for axis in range(w.ndim))
-    if math.prod(n for axis, n in enumerate(w.shape) if axis not in kept) <= _FEW_PER_LEVEL * most:
-        return
-    # A sample of one shard first: float weights have many values, and a large leaf need not leave
-    # the device.
-    shard = w.addressable_data(0) if isinstance(w, jax.Array) else w
-    distinct = _count_distinct(shard[one_scale].reshape(-1)[: _FEW_PER_LEVEL * most])
-    if distinct <= most:
-        distinct = _count_distinct(np.asarray(w)[one_scale])
-    if not 1 < distinct <= most:  # of a constant leaf the scale is right
-        return
-    warnings.warn(
-        f"{path_string(path)!r} has {distinct} distinct values for the {most} levels of {constraint.name!r}: it looks quantized "
-        "already, and the scale measured on it may not be the one it was quantized with. Restore the optimizer state that "
-        "belongs to these weights instead of calling init, or give init the latent weights",
-        stacklevel=2,
-    )
-
-
-def _count_distinct(weights: jax.Array | np.ndarray) -> int:
-    return len(np.unique(np.asarray(weights, np.float64)))
-
-
-def _replicate(scale: jax.Array) -> jax.Array:
-    """On every device, which all need it; under `jit` in automatic sharding mode the compiler decides."""
-    traced = isinstance(scale, jax.core.Tracer)
-    sharding = jax.typeof(scale).sharding if traced else scale.sharding
-    if not isinstance(sharding, NamedSharding) or (
-        traced and AxisType.Explicit not in sharding.mesh.axis_types
-    ):
-        return scale
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.sharding.reshard(scale, everywhere) if traced else jax.device_put(scale, everywhere)
-
-
-def normalize_axes(path: Path, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
-    """Axes as numbers of 0 to ndim - 1; ValueError names the leaf that has no such axis."""
-    for axis in axes:
-        if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"scale_axis {axis} does not exist in {path_string(path)!r}, which has {ndim} axes"
-            )
-    return tuple(sorted({axis % ndim for axis in axes}))
-
-
-def check_floating(path: Path, leaf: Any) -> None:
-    """Refuses to constrain a leaf that is not a floating array."""
-    if not is_floating(leaf):
-        kind = getattr(leaf, "dtype", type(leaf).__name__)
-        raise TypeError(
-            f"{path_string(path)!r} cannot be constrained: it is {kind}, and only floating-point arrays can be; "
-            "leave it out of the mask"
-        )

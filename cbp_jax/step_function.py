@@ -1,9 +1,9 @@
-"""Step functions of weights: what is looked up by the interval between levels that a weight is in.
+"""Step functions of the weights: a value for each interval between levels.
 
-Three ways. A chain of compares and selects, which compilers vectorise, where there are few steps.
-For evenly spaced edges and values, as of `uniform(8)`, a division, corrected by comparing with the
-edges themselves. Else a bisection, whose look-ups do not vectorise on a CPU. All three give the
-same to the last bit, where the scale is positive.
+There are three ways, which agree to the last bit where the scale is positive: a chain of compares
+and selects, which compilers vectorise, for few steps; a division, corrected by comparing with the
+edges, for evenly spaced edges and values such as those of `uniform(8)`; and otherwise a bisection,
+whose look-ups do not vectorise on a CPU.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,21 @@ def step_function(
     values: Sequence[float],
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`: the lowest value below, the
-    highest above all edges.
+    """Returns `values[i]` where `edges[i - 1] * scale <= w < edges[i] * scale`.
+
+    Weights below all edges get the first value, weights above all edges the last.
 
     Args:
-      w: weights, floating; NaN has the lowest value.
-      scale: in whose units the edges are; broadcastable to `w`.
+      w: weights, floating; NaN gets the first value.
+      scale: the unit of the edges, broadcastable to `w`.
       edges: strictly increasing.
       values: one more than edges.
-      dtype: of the result.
+      dtype: dtype of the result.
 
     Returns:
-      Array of the shape of `w`; of shape () where there is but one value.
+      Array of the shape of `w`, or of shape () if all values are equal.
     """
-    if len(set(values)) == 1:  # evenly spaced levels have a single gap: nothing to look up
+    if len(set(values)) == 1:  # such as the gap of evenly spaced levels
         return jnp.asarray(values[0], dtype)
     if len(values) <= _LONGEST_CHAIN:
         result = jnp.asarray(values[0], dtype)
@@ -44,13 +45,13 @@ def step_function(
             result = jnp.where(w >= edge * scale, jnp.asarray(value, dtype), result)
         return result
     if _is_exact_progression(edges) and _is_exact_progression(values):
-        index = _index_by_division(w, scale, edges)
+        index = _divide(w, scale, edges)
         return (values[0] + index * (values[1] - values[0])).astype(dtype)
-    return _values_by_bisection(w, scale, edges, values, dtype)
+    return _bisect(w, scale, edges, values, dtype)
 
 
 def _is_exact_progression(numbers: Sequence[float]) -> bool:
-    """Whether `first + i * step` is every number, computed in float32 without rounding."""
+    """Whether float32 computes every number as `first + i * step` without rounding."""
     exact = np.asarray(numbers, np.float64)
     multiples = np.arange(len(exact)) * (exact[1] - exact[0])
     in_float32 = all(
@@ -59,17 +60,17 @@ def _is_exact_progression(numbers: Sequence[float]) -> bool:
     return in_float32 and bool(np.all(exact[0] + multiples == exact))
 
 
-def _index_by_division(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array:
+def _divide(w: jax.Array, scale: jax.Array, edges: Sequence[float]) -> jax.Array:
     """The number of edges at or below each weight, floating."""
     first, step, count = edges[0], edges[1] - edges[0], len(edges)
-    # Off by one at most, from rounding.
+    # Rounding may put it off by one.
     index = jnp.floor((w / jnp.where(scale > 0, scale, 1) - first) / step) + 1
     index = jnp.clip(jnp.where(jnp.isnan(index), 0, index), 0, count)
     index -= (index > 0) & ~(w >= (first + (index - 1) * step) * scale)
     return index + ((index < count) & (w >= (first + index * step) * scale))
 
 
-def _values_by_bisection(
+def _bisect(
     w: jax.Array,
     scale: jax.Array,
     edges: Sequence[float],
@@ -79,13 +80,13 @@ def _values_by_bisection(
     table, step = jnp.asarray(edges, w.dtype), 1 << (len(edges).bit_length() - 1)
     index = jnp.where(w >= edges[step - 1] * scale, step, 0)
     while step := step // 2:
-        above = w >= _gather_like(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
+        above = w >= _look_up(table, jnp.minimum(index + step, len(edges)) - 1, w) * scale
         index = jnp.where(above & (index + step <= len(edges)), index + step, index)
-    return _gather_like(jnp.asarray(values, dtype), index, w)
+    return _look_up(jnp.asarray(values, dtype), index, w)
 
 
-def _gather_like(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
-    """`table[index]`, sharded as `w` is where shardings are explicit and a gather must be told."""
+def _look_up(table: jax.Array, index: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns `table[index]`, sharded like `w`: a gather needs that in explicit sharding mode."""
     sharding = jax.typeof(w).sharding
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     return table.at[index].get(out_sharding=sharding if explicit else None)

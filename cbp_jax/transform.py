@@ -12,8 +12,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from cbp_jax.constraints import Constraint, get_constraint
+from cbp_jax.constraints import Constraint
 from cbp_jax.lagrangian import constraint_sum
+from cbp_jax.level_sets import get_constraint
 from cbp_jax.masking import (
     Path,
     PyTree,
@@ -21,21 +22,13 @@ from cbp_jax.masking import (
     check_patterns,
     compile_patterns,
     flatten_with_paths,
+    is_floating,
     is_variable,
     path_string,
     resolve_mask,
 )
-from cbp_jax.state import (
-    CBPState,
-    ConstrainedLeaf,
-    ScaleFn,
-    check_floating,
-    float_dtype,
-    measure_scale,
-    pair_with_state,
-    state_paths,
-    warn_if_quantized,
-)
+from cbp_jax.scales import ScaleFn, measure_scale, warn_if_quantized
+from cbp_jax.state import CBPState, ConstrainedLeaf, float_dtype, pair_with_state, state_paths
 
 ConstraintSpec = str | Constraint | Mapping[str, str | Constraint | None]
 GrowthFn = Callable[[jax.Array], ArrayLike]
@@ -391,7 +384,7 @@ def _assign_constraints(
     for path, leaf in candidates.items():
         rule = next((rule for pattern, rule in rules if pattern.fullmatch(path_string(path))), None)
         if rule is not None:
-            check_floating(path, leaf)
+            _check_floating(path, leaf)
             chosen[path] = rule
     return chosen
 
@@ -423,3 +416,13 @@ def _shard_like(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptStat
 def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """The leaves in the dtypes of others, as `lax.cond` needs its branches to agree."""
     return jax.tree.map(lambda leaf, model: jnp.asarray(leaf, jnp.asarray(model).dtype), tree, like)
+
+
+def _check_floating(path: Path, leaf: Any) -> None:
+    """Refuses to constrain a leaf that is not a floating array."""
+    if not is_floating(leaf):
+        kind = getattr(leaf, "dtype", type(leaf).__name__)
+        raise TypeError(
+            f"{path_string(path)!r} cannot be constrained: it is {kind}, and only floating-point arrays can be; "
+            "leave it out of the mask"
+        )

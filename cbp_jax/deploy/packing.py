@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 from cbp_jax.constraints import Constraint
 from cbp_jax.deploy.bits import pack_bits, unpack_bits
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
-from cbp_jax.state import ON_LEVEL, ConstrainedLeaf, constrained_leaves
-from cbp_jax.tables import aligned
+from cbp_jax.metrics import ON_LEVEL, aligned
+from cbp_jax.state import ConstrainedLeaf, constrained_leaves
 
 
 class PackedError(ValueError):

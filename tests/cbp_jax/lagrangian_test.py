@@ -14,7 +14,11 @@ import cbp_jax
 from cbp_jax import lagrangian
 from cbp_jax.state import constrained_leaves
 
-FORMS = {"plain": lagrangian._plainly, "rows": lagrangian._in_rows, "blocks": lagrangian._in_blocks}
+FORMS = {
+    "plain": lagrangian._sum_directly,
+    "rows": lagrangian._sum_in_rows,
+    "blocks": lagrangian._sum_in_blocks,
+}
 # Blocks of several matrices and parts of one, rows of 64 and of none, nothing at all.
 SHAPES = [
     (5, 64),
@@ -62,7 +66,7 @@ def expected(leaf, window=WINDOW):
 
 
 def run(form, leaves, window=WINDOW):
-    products = [lagrangian._products(leaf.constraint) for leaf in leaves]
+    products = [lagrangian._weighted_violation(leaf.constraint) for leaf in leaves]
     arrays = zip(*((leaf.weight, leaf.scale, leaf.multiplier) for leaf in leaves), strict=True)
     return jax.jit(functools.partial(FORMS[form], products))(*arrays, window)
 
@@ -114,7 +118,7 @@ def test_what_is_not_finite_stays_so(form, bad):
 def test_vmap(form):
     """An ensemble, each with weights, scale, multipliers and window of its own."""
     leaf, factors = leaf_of((40, 61)), jnp.array([0.5, 1.0, 2.0])
-    product = lagrangian._products(leaf.constraint)
+    product = lagrangian._weighted_violation(leaf.constraint)
 
     def total(factor):
         arrays = ((factor**2 * leaf.weight,), (factor * leaf.scale,), (factor * leaf.multiplier,))

@@ -1,0 +1,122 @@
+"""Measures the scales of constrained leaves."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from cbp_jax.constraints import Constraint
+from cbp_jax.masking import Path, path_string
+
+ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # weights, kept axes -> scale
+
+# With no more weights per level than this, distinct values do not tell whether they are quantized.
+_FEW_PER_LEVEL = 4
+
+
+def mean_absolute_value(w: jax.Array, kept_axes: tuple[int, ...]) -> jax.Array:
+    """The default scale: `mean |w|` over all axes but the kept ones."""
+    axes = tuple(axis for axis in range(w.ndim) if axis not in kept_axes)
+    return jnp.mean(jnp.abs(w), axis=axes, keepdims=bool(kept_axes))
+
+
+def measure_scale(
+    path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: ScaleFn | None
+) -> jax.Array:
+    """Returns a leaf's scale, in the dtype of the computation.
+
+    Raises:
+      ValueError: if the leaf lacks a kept axis or has no others, or the scale has the wrong shape;
+        outside of `jit` also if it is negative, not finite or zero throughout.
+    """
+    compute = jnp.promote_types(w.dtype, jnp.float32)
+    kept = normalize_axes(path, w.ndim, kept_axes)
+    shape = tuple(n if axis in kept else 1 for axis, n in enumerate(w.shape)) if kept else ()
+    if w.size == 0:
+        return jnp.zeros(shape, compute)
+    name = repr(path_string(path))
+    if kept and math.prod(shape) == w.size > 1:
+        raise ValueError(
+            f"scale_axis={tuple(kept_axes)} keeps every axis of {name}, of shape {w.shape}: each "
+            "weight would have its own scale and start on a level. Exclude this leaf with "
+            "mask=cbp_jax.select(exclude=...), or keep fewer axes"
+        )
+    scale = jnp.array((scale_fn or mean_absolute_value)(w.astype(compute), kept), compute)
+    if scale.shape != shape:
+        raise ValueError(
+            f"scale_fn gave {name} a scale of shape {scale.shape}; shape {shape} was expected"
+        )
+    scale = _replicate(scale)
+    if not isinstance(scale, jax.core.Tracer) and (
+        scale.is_fully_addressable or scale.is_fully_replicated
+    ):
+        values = np.asarray(scale)
+        if not np.all(np.isfinite(values)) or np.any(values < 0):
+            raise ValueError(
+                f"the scale of {name} is negative or not finite: check its weights, and scale_fn"
+            )
+        if np.all(values == 0):
+            raise ValueError(
+                f"the scale of {name} is 0, because all its weights are: load the pre-trained "
+                "weights before optimizer.init, or leave this leaf out with "
+                "mask=cbp_jax.select(exclude=...)"
+            )
+    return scale
+
+
+def warn_if_quantized(
+    path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]
+) -> None:
+    """Warns, outside of `jit`, if the weights of one scale have no more distinct values than levels."""
+    most = len(constraint.levels)
+    if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True) or not w.size:
+        return
+    kept = normalize_axes(path, w.ndim, kept_axes)
+    one_scale = tuple(0 if axis in kept else slice(None) for axis in range(w.ndim))
+    if math.prod(n for axis, n in enumerate(w.shape) if axis not in kept) <= _FEW_PER_LEVEL * most:
+        return
+    # First a sample of one shard: it shows float weights to differ, so that a large leaf need not
+    # leave the device.
+    shard = w.addressable_data(0) if isinstance(w, jax.Array) else w
+    distinct = _count_distinct(shard[one_scale].reshape(-1)[: _FEW_PER_LEVEL * most])
+    if distinct <= most:
+        distinct = _count_distinct(np.asarray(w)[one_scale])
+    if not 1 < distinct <= most:  # the scale of a constant leaf is right
+        return
+    warnings.warn(
+        f"{path_string(path)!r} has {distinct} distinct values for the {most} levels of "
+        f"{constraint.name!r}: it looks quantized already, and the scale measured on it may not be "
+        "the one it was quantized with. Restore the optimizer state that belongs to these weights "
+        "instead of calling init, or give init the latent weights",
+        stacklevel=2,
+    )
+
+
+def _count_distinct(weights: jax.Array | np.ndarray) -> int:
+    return len(np.unique(np.asarray(weights, np.float64)))
+
+
+def _replicate(scale: jax.Array) -> jax.Array:
+    """Copies a scale to every device; in automatic sharding mode under `jit` the compiler decides."""
+    traced = isinstance(scale, jax.core.Tracer)
+    sharding = jax.typeof(scale).sharding if traced else scale.sharding
+    if not isinstance(sharding, NamedSharding) or (
+        traced and AxisType.Explicit not in sharding.mesh.axis_types
+    ):
+        return scale
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(scale, everywhere) if traced else jax.device_put(scale, everywhere)
+
+
+def normalize_axes(path: Path, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the axes as sorted numbers from 0; raises ValueError if the leaf lacks one of them."""
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"scale_axis {axis} does not exist in {path_string(path)!r}, which has {ndim} axes"
+            )
+    return tuple(sorted({axis % ndim for axis in axes}))
