@@ -29,8 +29,10 @@ from pathlib import Path
 
 import numpy as np
 from benchmarks import closing, page, timing
-from common.post_training import CONSTRAINTS
-from common.report.workdir import Summary, Workdir, format_table
+from common.report.tables import format_table
+from common.report.workdir import METHODS, Summary, read_metrics
+
+import cbp_jax
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -39,19 +41,24 @@ _TABLE = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTAL
 
 
 def seeds_table(experiment: str) -> str:
-    """Mean and sample deviation over the seeds of an experiment, one row per constraint."""
+    """Mean and sample deviation over the seeds of a study, one row per constraint."""
     rows = []
-    for constraint in CONSTRAINTS:
-        files = sorted((RESULTS / experiment).glob(f"seed*/{constraint}/summary.json"))
-        summaries = [Summary.read(file.parent) for file in files]
+    for constraint in cbp_jax.CONSTRAINTS:
+        ste, cbp = (
+            [Summary.read(path.parent) for path in sorted((RESULTS / experiment).glob(pattern))]
+            for pattern in (
+                f"seed*/{constraint}_ste/summary.json",
+                f"seed*/{constraint}/summary.json",
+            )
+        )
         rows.append(
             (
                 constraint,
-                _spread([s.full_precision_top1 for s in summaries]),
-                _spread([s.ste_top1 for s in summaries if s.ste_top1 is not None]),
-                _spread([s.top1 for s in summaries]),
-                f"{max(s.cfs_relative for s in summaries):.1e}",
-                str(len(summaries)),
+                _spread([s.full_precision_top1 for s in cbp]),
+                _spread([s.top1 for s in ste]),
+                _spread([s.top1 for s in cbp]),
+                f"{max(s.cfs_relative for s in cbp):.1e}",
+                str(len(cbp)),
             )
         )
     return format_table(
@@ -69,12 +76,12 @@ def short_run_table(experiment: str) -> str:
     for file in sorted((RESULTS / experiment).glob("*/summary.json")):
         summary = Summary.read(file.parent)
         config = json.loads((file.parent / "config.json").read_text())
-        if config["phase"] == "post_train":
-            epochs = Workdir.rows(file.parent)
+        if summary.method:
+            epochs = read_metrics(file.parent)
             rows.append(
                 (
                     summary.constraint,
-                    config["method"].upper(),
+                    METHODS[summary.method],
                     f"{summary.full_precision_top1:.2%}",
                     f"{summary.top1:.2%}",
                     f"{epochs[0]['cfs_relative']:.1e}",

@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
+import cbp_jax
+from common.report.workdir import METHODS, Summary, Workdir, read_metrics
+
 _STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -24,7 +27,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
-_METHODS = {"ste": ("STE", _STE), "no_window": ("CBP, no window", "#cc79a7"), "cbp": ("CBP", _CBP)}
+_COLORS = {"ste": _STE, "no_window": "#cc79a7", "cbp": _CBP}
 _SHARES = (1, 5, 10, 20, 30, 50, 75, 100)  # ticks of the histograms, in percent
 
 
@@ -61,7 +64,7 @@ def plot_training(
         bottom_edge = low - 0.3 * (high - low) - 0.2
         top.set_ylim(bottom_edge, high + 0.1 * (high - low) + 0.2)
         for method, rows in runs.items():
-            label, color = _METHODS[method]
+            label, color = METHODS[method], _COLORS[method]
             style: dict[str, Any] = {"color": color, "linewidth": 1.2, "marker": _marker(rows)}
             epochs, accuracy = _column(rows, "epoch"), 100 * _column(rows, "top1")
             handles += top.plot(epochs, accuracy, label=label, **style)
@@ -220,3 +223,29 @@ def _save(figure: Figure, path: Path) -> None:
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix))
     plt.close(figure)
+
+
+def draw_run(
+    folder: Workdir, summary: Summary, after: Mapping[str, np.ndarray], midway: str | None
+) -> None:
+    """Draws a run's figures: accuracy and CFS over epochs, and the weights of each layer.
+
+    Args:
+      folder: of the run, with its metrics and the weights of earlier moments.
+      summary: of the run.
+      after: the weights at the end, by layer, in units of their scale.
+      midway: the title of the moment midway; None if there was none.
+    """
+    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')} weights"
+    runs = {summary.method: read_metrics(folder.path)}
+    path = folder.path / "figures"
+    plot_training(path / "training.png", title, runs, summary.full_precision_top1)
+    moments = {"before": folder.load_weights("before")}
+    if midway:
+        moments[f"midway: {midway}"] = folder.load_weights("midway")
+    moments["after"] = dict(after)
+    levels = cbp_jax.get_constraint(summary.constraint).levels
+    for layer in after:
+        snapshots = {moment: weights[layer] for moment, weights in moments.items()}
+        name = f"weights_{layer.replace('/', '_')}.png"
+        plot_weights(path / name, f"{title}: {layer}", snapshots, levels)

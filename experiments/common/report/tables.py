@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.report.workdir import Summary, size_text
+from common.report.workdir import METHODS, Summary, size_text
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,7 +19,7 @@ def results_table(summaries: Sequence[Summary]) -> str:
     """Returns one row per run: accuracies, whether the constraint is met, and what it saves."""
     columns: dict[str, list[str]] = {
         "constraint": [s.constraint for s in summaries],
-        "method": [s.method for s in summaries],
+        "method": [METHODS.get(s.method, "") for s in summaries],
         "top-1 before": [f"{s.full_precision_top1:.2%}" for s in summaries],
         "top-1": [f"{s.top1:.2%}" for s in summaries],
         "CFS": [f"{s.cfs:.1e}" if s.method else "" for s in summaries],

@@ -12,9 +12,10 @@ import ml_collections
 import numpy as np
 
 import cbp_jax
-from common.report import deploy, figures
+from common.report import deploy
 
 PyTree = Any
+METHODS = {"ste": "STE", "no_window": "CBP, no window", "cbp": "CBP"}  # as tables and figures say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,32 +130,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def draw_run(
-    folder: Workdir, summary: Summary, after: Mapping[str, np.ndarray], midway: str | None
-) -> None:
-    """Draws a run's figures: accuracy and CFS over epochs, and the weights of each layer.
-
-    Args:
-      folder: of the run, with its metrics and the weights of earlier moments.
-      summary: of the run.
-      after: the weights at the end, by layer, in units of their scale.
-      midway: the title of the moment midway; None if there was none.
-    """
-    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')} weights"
-    runs = {summary.method: read_metrics(folder.path)}
-    path = folder.path / "figures"
-    figures.plot_training(path / "training.png", title, runs, summary.full_precision_top1)
-    moments = {"before": folder.load_weights("before")}
-    if midway:
-        moments[f"midway: {midway}"] = folder.load_weights("midway")
-    moments["after"] = dict(after)
-    levels = cbp_jax.get_constraint(summary.constraint).levels
-    for layer in after:
-        snapshots = {moment: weights[layer] for moment, weights in moments.items()}
-        name = f"weights_{layer.replace('/', '_')}.png"
-        figures.plot_weights(path / name, f"{title}: {layer}", snapshots, levels)
 
 
 def float32_bytes(tree: PyTree) -> int:

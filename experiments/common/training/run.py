@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 import cbp_jax
 from common.input.open import open_data
 from common.report import deploy
-from common.report.workdir import Summary, Workdir, draw_run, float32_bytes, packed_bytes
+from common.report.figures import draw_run
+from common.report.workdir import Summary, Workdir, float32_bytes, packed_bytes
 from common.training import mesh
 from common.training.checkpoints import Checkpoints
 from common.training.loop import Meter, Stopped, StopRequest
