@@ -9,14 +9,17 @@ import sys
 import termios
 from pathlib import Path
 
+import digits
 import imagenet_resnet18
+import ml_collections
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH, EPOCHS = 5, 3
 
 
-def make_config(photos, **changes):
-    config = imagenet_resnet18.binary()
+def photos_config(photos, **changes):
+    """ResNet-20 on the folder of photos: everything but the network is ImageNet's."""
+    config = imagenet_resnet18.get_config()
     config.update(
         {
             "network": "resnet20",
@@ -39,15 +42,53 @@ def make_config(photos, **changes):
     return config
 
 
+def digits_study(**changes):
+    """The study of the digits, cut short."""
+    config = digits.get_config()
+    short = {"epochs": 6, "pretrain_epochs": 4, "steps_per_epoch": 10, "patience": 1}
+    config.update({**short, "constraint": "ternary", "checkpoint_epochs": 2, **changes})
+    return config
+
+
+def digits_config(**changes):
+    """One run on the digits, from random weights."""
+    fields = digits_study().to_dict()
+    del fields["methods"]
+    config = ml_collections.ConfigDict(fields)
+    config.update(
+        {
+            "pretrained": "random",
+            "epochs": EPOCHS,
+            "steps_per_epoch": STEPS_PER_EPOCH,
+            "checkpoint_epochs": 1,
+            "checkpoint_steps": 2,
+            "keep_checkpoints": 10,
+            "preflight": False,
+            **changes,
+        }
+    )
+    return config
+
+
 def command(photos, workdir, **changes):
-    config, defaults = make_config(photos, **changes), imagenet_resnet18.binary()
+    config, defaults = photos_config(photos, **changes), imagenet_resnet18.get_config()
     flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
-    return [
-        sys.executable,
-        str(ROOT / "experiments" / "imagenet_resnet18.py"),
-        f"--workdir={workdir}",
-        *flags,
-    ]
+    script = str(ROOT / "experiments" / "imagenet_resnet18.py")
+    return [sys.executable, script, f"--workdir={workdir}", *flags]
+
+
+def study_command(workdir, **changes):
+    """The command of `digits_study`."""
+    config, defaults = digits_study(**changes), digits.get_config()
+    flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
+    return [sys.executable, str(ROOT / "experiments" / "digits.py"), f"--workdir={workdir}", *flags]
+
+
+def run_script(name, *flags, environment=None):
+    """Runs a script of the experiments; gives its exit status and all it printed."""
+    command = [sys.executable, str(ROOT / "experiments" / name), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
 
 
 def start(photos, workdir, environment, **changes):

@@ -38,7 +38,10 @@ def lines_with(axes, xs):
 
 def test_png_and_pdf(tmp_path):
     figures.plot_training(
-        tmp_path / "figures" / "training.png", "title", rows([0.8, 0.9]), rows([0.7, 0.9]), 0.95
+        tmp_path / "figures" / "training.png",
+        "title",
+        {"cbp": rows([0.8, 0.9]), "ste": rows([0.7, 0.9])},
+        0.95,
     )
     figures.plot_weights(
         tmp_path / "figures" / "weights.png", "title", {"before": np.linspace(-2, 2, 99)}, (-1, 1)
@@ -49,7 +52,7 @@ def test_png_and_pdf(tmp_path):
 
 
 def test_a_single_epoch_is_seen(drawn, tmp_path):
-    figures.plot_training(tmp_path / "f" / "t.png", "title", rows([0.8]), [], 0.95)
+    figures.plot_training(tmp_path / "f" / "t.png", "title", {"cbp": rows([0.8])}, 0.95)
     top, bottom, right = drawn[0].axes
     for axes in (top, bottom, right):
         (line,) = lines_with(axes, [1])
@@ -60,18 +63,18 @@ def test_a_single_epoch_is_seen(drawn, tmp_path):
 
 def test_what_the_axis_cuts_off_is_marked(drawn, tmp_path):
     accuracies = [0.1, 0.2, *np.linspace(0.9, 0.92, 30)]
-    figures.plot_training(tmp_path / "f" / "t.png", "title", rows(accuracies), [], 0.95)
+    figures.plot_training(tmp_path / "f" / "t.png", "title", {"cbp": rows(accuracies)}, 0.95)
     top = drawn[0].axes[0]
     (marks,) = lines_with(top, [1, 2])
     assert marks.get_marker() == "v"
     np.testing.assert_allclose(marks.get_ydata(), top.get_ylim()[0])
     assert "below the axis" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    figures.plot_training(tmp_path / "f" / "t.png", "title", rows([0.9, 0.91, 0.92]), [], 0.95)
+    figures.plot_training(tmp_path / "f" / "t.png", "title", {"cbp": rows([0.9, 0.91, 0.92])}, 0.95)
     assert "below the axis" not in [text.get_text() for text in drawn[1].legends[0].get_texts()]
 
 
 def test_a_run_without_a_window_has_no_axis_for_it(drawn, tmp_path):
-    figures.plot_training(tmp_path / "f" / "t.png", "title", [], rows([0.8, 0.9]), 0.95)
+    figures.plot_training(tmp_path / "f" / "t.png", "title", {"ste": rows([0.8, 0.9])}, 0.95)
     assert len(drawn[0].axes) == 2
 
 

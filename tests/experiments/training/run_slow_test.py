@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("ml_collections", reason='needs the extra: pip install -e ".[test]"')
 
-from common.report import workdir as report
+from common.report.workdir import read_metrics
 from run_support import ROOT, STEPS_PER_EPOCH, command, finish
 
 
@@ -23,7 +23,7 @@ from run_support import ROOT, STEPS_PER_EPOCH, command, finish
     or not (Path(os.environ["TFDS_DATA_DIR"]) / "imagenet2012").is_dir(),
     reason="needs ImageNet, or a sample of it, as ArrayRecord in TFDS_DATA_DIR",
 )
-def test_imagenet_resnet18_is_killed_goes_on_and_is_evaluated(environment, tmp_path):
+def test_imagenet_resnet18_is_killed_resumed_and_evaluated(environment, tmp_path):
     """On a sample of photos, two epochs from random weights; it says nothing about accuracy."""
     script = str(ROOT / "experiments" / "imagenet_resnet18.py")
     short = [
@@ -47,7 +47,7 @@ def test_imagenet_resnet18_is_killed_goes_on_and_is_evaluated(environment, tmp_p
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 14 of 28" in done.stdout
-    rows = report.Workdir.rows(tmp_path)
+    rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [14, 28]
     assert all(np.isfinite(row["loss"]) for row in rows)
     command = [sys.executable, str(ROOT / "experiments" / "evaluate.py"), f"--workdir={tmp_path}"]
@@ -58,7 +58,7 @@ def test_imagenet_resnet18_is_killed_goes_on_and_is_evaluated(environment, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [2, 4])
-def test_two_hosts_stop_together_and_go_on(photos, environment, tmp_path, fsdp):
+def test_two_hosts_stop_together_and_resume(photos, environment, tmp_path, fsdp):
     """SIGTERM to one of two processes; both save the same step, and a second pair finishes the run.
 
     All kernels are split over two devices of a host, or over all four of both.
@@ -116,6 +116,6 @@ def test_two_hosts_stop_together_and_go_on(photos, environment, tmp_path, fsdp):
     printed, _ = finish(first)
     finish(second)
     assert f"step {stopped} of {epochs * STEPS_PER_EPOCH}" in printed
-    rows = report.Workdir.rows(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
     assert (tmp_path / "run" / "summary.json").exists()
