@@ -55,7 +55,8 @@ def cbp_sgd(
         velocity = momentum * velocity + gradient
         w        = w - lr * (lr_decay if g >= lr_decay_window else 1) * velocity
 
-    By default only kernels decay. Constrained weights are clamped to ±`weight_bound` after the step.
+    By default only kernels decay. After the step, constrained weights are clamped to
+    ±`weight_bound`.
 
     Args:
       learning_rate: a number, or a schedule from steps to rates.
