@@ -62,8 +62,8 @@ def export_onnx(
       model: a function `model(params, inputs) -> outputs`, or a Flax NNX module, which is run in
         evaluation mode and not changed. Several inputs are several arguments; outputs may be any
         tree of arrays, in the order of `jax.tree.leaves`.
-      params: the latent weights, float32, which are quantized as by `quantize`; for a module, all
-        its `nnx.Param`s, as a state or as a pure dictionary.
+      params: the latent weights, float32, which are put on their levels as by `quantize`; for a
+        module, all its `nnx.Param`s, as a state or as a pure dictionary.
       opt_state: any optimizer state with one or more `CBPState`s in it.
       example_input: an array, or a tuple of them, with a leading batch axis. Give a few real
         inputs, since the outputs are compared on them.

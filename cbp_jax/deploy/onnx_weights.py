@@ -121,9 +121,8 @@ def put_weights(model: "onnx.ModelProto", weights: Mapping[str, GraphWeight]) ->
 
 def remove_unused(graph: "onnx.GraphProto") -> None:
     """Removes initializers that no node uses; in place."""
-    used = {name for node in all_nodes(graph) for name in node.input} | {
-        value.name for value in graph.output
-    }
+    used = {name for node in all_nodes(graph) for name in node.input}
+    used.update(value.name for value in graph.output)
     _filter_field(graph.initializer, lambda tensor: tensor.name in used)
 
 
@@ -144,28 +143,19 @@ def _produce_weight(
     users = [node for node in all_nodes(graph) if value in node.input]
     if not users:
         return added
-    if (
-        _is_fusible(weight)
-        and all(_is_product(node, value) for node in users)
-        and not _any_in_subgraph(graph, users)
-    ):
+    products = all(_is_product(node, value) for node in users)
+    if products and _is_fusible(weight) and not _any_in_subgraph(graph, users):
         return [*added, *(_dequantize_for(graph, node, value, weight) for node in users)]
     name = _add_initializer(graph, weight.name, weight.values)
     if weight.scale is None:
         for node in users:
             node.input[:] = [name if input == value else input for input in node.input]
         return added
+    cast, scale = f"{name}:float", _add_initializer(graph, f"{name}:scale", weight.scale)
     return [
         *added,
-        helper.make_node(
-            "Cast", [name], [f"{name}:float"], name=f"{name}:float", to=TensorProto.FLOAT
-        ),
-        helper.make_node(
-            "Mul",
-            [f"{name}:float", _add_initializer(graph, f"{name}:scale", weight.scale)],
-            [value],
-            name=f"{name}:weight",
-        ),
+        helper.make_node("Cast", [name], [cast], name=cast, to=TensorProto.FLOAT),
+        helper.make_node("Mul", [cast, scale], [value], name=f"{name}:weight"),
     ]
 
 
@@ -250,11 +240,8 @@ def _drop_constant_axes(scale: np.ndarray) -> np.ndarray:
 
 def _is_fusible(weight: GraphWeight) -> bool:
     """Whether ONNX Runtime multiplies by these integers without unpacking them."""
-    if (
-        weight.values.ndim != 2
-        or weight.scale is None
-        or (weight.scale.ndim and weight.scale.shape[0] > 1)
-    ):
+    scale = weight.scale
+    if weight.values.ndim != 2 or scale is None or (scale.ndim and scale.shape[0] > 1):
         return False
     # ONNX Runtime 1.32 gives wrong results for 2-bit weights whose columns do not fill whole bytes.
     return weight.values.dtype != jnp.int2 or weight.values.shape[1] % 4 == 0
@@ -271,16 +258,14 @@ def _is_product(node: "onnx.NodeProto", value: str) -> bool:
             attributes.get(key, plain[key]) == plain[key] for key in plain
         )
     if node.op_type == "Einsum":  # such as abc,cd->abd
-        match = re.fullmatch(
-            r"(\w*)(\w),(\w)(\w)->(\w*)(\w)", attributes["equation"].decode().replace(" ", "")
-        )
+        equation = attributes["equation"].decode().replace(" ", "")
+        match = re.fullmatch(r"(\w*)(\w),(\w)(\w)->(\w*)(\w)", equation)
         if match is None:
             return False
         rows, summed, left, right, rows_out, right_out = match.groups()
         letters = rows + summed + right
-        return (rows, summed, right) == (rows_out, left, right_out) and len(set(letters)) == len(
-            letters
-        )
+        distinct = len(set(letters)) == len(letters)
+        return distinct and (rows, summed, right) == (rows_out, left, right_out)
     return node.op_type == "MatMul"
 
 

@@ -199,11 +199,8 @@ def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
     codes, scale = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale")
     tensor = PackedTensor(codes, scale, constraint, shape, dtype.name)
     _check_equal("bits", entry["bits"], constraint.bits)
-    _check_equal(
-        "number of bytes",
-        (codes.shape, codes.dtype),
-        (((math.prod(shape) * constraint.bits + 7) // 8,), np.dtype("uint8")),
-    )
+    nbytes = (math.prod(shape) * constraint.bits + 7) // 8
+    _check_equal("number of bytes", (codes.shape, codes.dtype), ((nbytes,), np.dtype("uint8")))
     _check_equal("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
     _check_equal("scale_axis", _scale_axis(scale), entry["scale_axis"])
     if scale.ndim:
@@ -234,30 +231,21 @@ def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:
 
 
 def _stored_arrays(name: str, tensor: Any) -> dict[str, np.ndarray]:
-    if isinstance(tensor, PackedTensor):
-        return {
-            f"{name}.codes": np.asarray(tensor.codes),
-            f"{name}.scale": np.asarray(tensor.scale),
-        }
-    return {name: np.asarray(tensor)}
+    if not isinstance(tensor, PackedTensor):
+        return {name: np.asarray(tensor)}
+    codes, scale = np.asarray(tensor.codes), np.asarray(tensor.scale)
+    return {f"{name}.codes": codes, f"{name}.scale": scale}
 
 
 def _tensor_entry(name: str, tensor: Any) -> dict[str, Any]:
     arrays = list(_stored_arrays(name, tensor).values())
-    entry = {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype),
-        "crc32": _hex_crc(_crc(*arrays)),
-    }
+    crc32 = _hex_crc(_crc(*arrays))
+    entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "crc32": crc32}
     if not isinstance(tensor, PackedTensor):
         return entry
-    constraint = tensor.constraint
-    about = {
-        "constraint": constraint.name,
-        "levels": list(constraint.levels),
-        "bits": constraint.bits,
-    }
-    return about | entry | {"scale_axis": _scale_axis(arrays[1])}
+    rule = tensor.constraint
+    levels = {"constraint": rule.name, "levels": list(rule.levels), "bits": rule.bits}
+    return levels | entry | {"scale_axis": _scale_axis(arrays[1])}
 
 
 def _scale_axis(scale: np.ndarray) -> list[int]:
@@ -306,6 +294,5 @@ def _describe_truncation(path: Path) -> str:
             return ""
     if ends and ends[-1][0] < available:
         return f"{available - ends[-1][0]} bytes follow its last tensor, {ends[-1][1]!r}"
-    return next(
-        (f"it is truncated in tensor {name!r}" for end, name in ends if end > available), ""
-    )
+    truncated = (name for end, name in ends if end > available)
+    return next((f"it is truncated in tensor {name!r}" for name in truncated), "")
