@@ -1,4 +1,4 @@
-"""CBP quantization for JAX: binary, ternary and power-of-two weights by one link of an optax chain."""
+"""CBP quantization for JAX: binary, ternary and power-of-two weights through one optax link."""
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.deploy.inference import make_predict

@@ -1,4 +1,4 @@
-"""What makes a CBP state what it is, beside its arrays: constraints, mask and scale axes, as JSON to save with a checkpoint."""
+"""A description of a CBP state's constraints, mask and scale axes, to save with a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,34 +11,32 @@ from cbp_jax.masking import path_string
 from cbp_jax.state import find_states, state_paths
 
 _FORMAT = 1
-_SHOWN = 10  # differences in an error
+_MOST_SHOWN = 10  # differences in an error
 
 
 def describe(opt_state: optax.OptState) -> dict[str, Any]:
-    """Describes what checkpoints of arrays leave out: which leaves are constrained, to which
-    levels, and with which scales.
+    """Describes what checkpoints of arrays leave out: constrained leaves, levels and scale shapes.
 
     Constraints are part of a state's structure, not arrays. Orbax, for one, restores a binary state
     into a ternary one without an error, since their arrays have the same shapes. Save the
-    description beside the arrays, and give it to `check_description` with the state that the arrays
-    are restored into.
+    description with the arrays, and give it to `check_description` with the state they are restored
+    into.
 
     Args:
       opt_state: any optimizer state with one or more `CBPState`s in it, or its `jax.eval_shape`.
 
     Returns:
-      A dictionary that `json.dumps` takes: for the path of each constrained leaf its shape, its
-      constraint's name and levels, and the shape of its scale, which tells the kept axes.
+      A dictionary that `json.dumps` accepts: for the path of each constrained leaf its shape, the
+      name and levels of its constraint, and the shape of its scale, which shows the kept axes.
 
     Raises:
       ValueError: if the state holds no `CBPState`.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
-      >>> state = cbp_jax.cbp("binary", scale_axis=-1).init({"kernel": jnp.array([[0.5, -0.1], [0.3, 0.9]])})
-      >>> cbp_jax.describe(state)["leaves"]
-      {'kernel': {'shape': [2, 2], 'constraint': 'binary', 'levels': [-1.0, 1.0], 'scale_shape': [1,
-      2]}}
+      >>> state = cbp_jax.cbp("binary").init({"kernel": jnp.array([[0.5, -0.1]])})
+      >>> cbp_jax.describe(state)["leaves"]["kernel"]
+      {'shape': [1, 2], 'constraint': 'binary', 'levels': [-1.0, 1.0], 'scale_shape': []}
     """
     leaves: dict[str, Any] = {}
     for state in find_states(opt_state):
@@ -59,44 +57,40 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
 
 
 def check_description(opt_state: optax.OptState, description: Mapping[str, Any]) -> None:
-    """Checks that a state is of the kind that was described: same constrained leaves, constraints,
-    shapes and scale axes.
+    """Checks that a state has the constrained leaves, levels and scale shapes described.
 
     Args:
-      opt_state: the state that saved arrays are restored into, or were restored into.
-      description: of `describe`, as it was saved.
+      opt_state: the state that saved arrays are, or will be, restored into.
+      description: the saved result of `describe`.
 
     Raises:
-      ValueError: if they differ; it lists the leaves, with what was saved and what is here.
+      ValueError: if they differ; the error lists the leaves, with what was saved and what is here.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
       >>> params = {"kernel": jnp.array([[0.5, -0.1], [0.3, 0.9]])}
       >>> saved = cbp_jax.describe(cbp_jax.cbp("binary").init(params))
-      >>> cbp_jax.check_description(cbp_jax.cbp("ternary").init(params), saved)
+      >>> cbp_jax.check_description(cbp_jax.cbp("binary", scale_axis=-1).init(params), saved)
       Traceback (most recent call last):
-      ValueError: this state is not of the kind that was saved:
-        kernel: constraint saved 'binary', here 'ternary'; levels saved [-1.0, 1.0], here [-1.0,
-          0.0, 1.0]
+      ValueError: this state differs from the one that was saved:
+        kernel: scale_shape saved [], here [1, 2]
       make the optimizer with the constraint, mask and scale_axis that the saved state had
     """
     if description.get("format") != _FORMAT or not isinstance(description.get("leaves"), Mapping):
         raise ValueError(
-            f"this is no description of cbp_jax.describe, format {_FORMAT}: {str(description)[:200]}"
+            f"this is no description of cbp_jax.describe, format {_FORMAT}: "
+            f"{str(description)[:200]}"
         )
     saved, here = description["leaves"], describe(opt_state)["leaves"]
     differences = {path: _difference(saved.get(path), here.get(path)) for path in {**saved, **here}}
     lines = [f"  {path}: {difference}" for path, difference in differences.items() if difference]
-    if lines:
-        more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        advice = (
-            "make the optimizer with the constraint, mask and scale_axis that the saved state had"
-        )
-        raise ValueError(
-            "\n".join(
-                ["this state is not of the kind that was saved:", *lines[:_SHOWN], *more, advice]
-            )
-        )
+    if not lines:
+        return
+    if len(lines) > _MOST_SHOWN:
+        lines[_MOST_SHOWN:] = [f"  and {len(lines) - _MOST_SHOWN} more"]
+    start = "this state differs from the one that was saved:"
+    advice = "make the optimizer with the constraint, mask and scale_axis that the saved state had"
+    raise ValueError("\n".join([start, *lines, advice]))
 
 
 def _difference(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:

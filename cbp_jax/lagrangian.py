@@ -1,18 +1,17 @@
-"""The constraint's part of the Lagrangian, `sum(multiplier * violation)`, in the form each compiler
-makes the least work of.
+"""The constraint's part of the Lagrangian, in the form each backend compiles best.
 
-It is a sum of an elementwise expression over every constrained weight, so it should cost one
-reading of the weights and the multipliers at most, and nothing where it fits into the pass that
-adds the constraint's gradient. Left to itself, XLA does so on a TPU only:
+`sum(multiplier * violation)` should cost at most one reading of the weights and multipliers, and
+nothing where it fuses with the pass that adds the constraint's gradient. XLA achieves that unaided
+only on a TPU:
 
-- On a CPU it does not vectorise such a sum: it writes all products to memory first, and keeps a
-  copy of the weights, which a donated step overwrites. Here blocks of products are added to one
-  block of sums, which stays in the cache, tensor after tensor.
-- On a GPU it starts two or three kernels a tensor, and writes the products of some. Here each
+- On a CPU it does not vectorise such a sum: it first writes all products to memory, and copies the
+  weights, which a donated step overwrites. Here blocks of products are added to one block of sums,
+  which stays in the cache, one tensor after another.
+- On a GPU it launches two or three kernels per tensor and writes the products of some. Here each
   tensor is summed in short rows, which XLA fuses with the gradient and the optimizer into one
-  kernel a tensor, and the rows of all tensors are added up at the end.
+  kernel per tensor, and the row sums of all tensors are added up at the end.
 
-`experiments/benchmarks` has what this was measured with.
+The measurements are in `experiments/benchmarks`.
 """
 
 import functools
@@ -32,24 +31,23 @@ Products = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Arrays = tuple[jax.Array, ...]
 Form = Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[jax.Array, jax.Array]]
 
-_BLOCK = (
-    2**18
-)  # numbers at least, on a CPU: enough to share out among its cores, few enough that their sums stay in a cache
-_GROUPS = 64  # on a CPU: devices at most that may share a matrix's rows without sending any
-_ROW = 64  # numbers in a row on a GPU: at this length XLA fuses every tensor of a ResNet-50, at 128 not
+# On a CPU: the least numbers in a block, enough to split among the cores, few enough that the sums
+# stay in the cache; and the most devices that may share a matrix's rows without communication.
+_BLOCK, _GROUPS = 2**18, 64
+# On a GPU: the most numbers in a row. With 64 XLA fuses every tensor of a ResNet-50, with 128 not.
+_ROW = 64
 
 
 def constraint_sum(
     leaves: Sequence[ConstrainedLeaf], window: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`sum(multiplier * violation(w, window))` over all constrained weights, and the window to
-    compute the gradients with.
+    """Returns `sum(multiplier * violation(w, window))`, and a window for computing the gradients.
 
-    The second is the window given, but on a CPU it depends on the sum, which therefore is done with
-    the weights before a donated step overwrites them; else XLA copies them first.
+    The returned window equals the given one, but on a CPU it depends on the sum: XLA then reads the
+    weights for the sum before a donated step overwrites them, instead of copying them first.
 
     Args:
-      leaves: the constrained leaves, with the multipliers in force.
+      leaves: the constrained leaves, with the current multipliers.
       window: shape (), float.
 
     Returns:
@@ -73,11 +71,10 @@ def _constraint_sum(
     window: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     products = [_weighted_violation(constraint) for constraint in constraints]
-    plain = functools.partial(_sum_directly, products)
+    directly = functools.partial(_sum_directly, products)
     if any(AxisType.Explicit in jax.typeof(w).sharding.mesh.axis_types for w in weights):
-        return plain(
-            weights, scales, multipliers, window
-        )  # the others reshape, which explicit shardings need not allow
+        # The other forms reshape, which explicit shardings need not allow.
+        return directly(weights, scales, multipliers, window)
     in_rows = functools.partial(_sum_in_rows, products)
     by_platform: dict[str, Form] = {
         "cpu": functools.partial(_sum_in_blocks, products),
@@ -85,7 +82,7 @@ def _constraint_sum(
         "rocm": in_rows,
     }
     return lax.platform_dependent(
-        weights, scales, multipliers, window, default=plain, **by_platform
+        weights, scales, multipliers, window, default=directly, **by_platform
     )
 
 
@@ -105,11 +102,10 @@ def _sum_directly(
     multipliers: Arrays,
     window: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    tensors = zip(products, weights, scales, multipliers, strict=True)
-    return sum(
-        (jnp.sum(product(w, a, m, window)) for product, w, a, m in tensors),
-        jnp.zeros((), float_dtype()),
-    ), window
+    total = jnp.zeros((), float_dtype())
+    for product, w, scale, multiplier in zip(products, weights, scales, multipliers, strict=True):
+        total += jnp.sum(product(w, scale, multiplier, window))
+    return total, window
 
 
 def _sum_in_rows(
@@ -124,14 +120,12 @@ def _sum_in_rows(
         values = jnp.atleast_1d(product(w, scale, multiplier, window))
         last = values.shape[-1]
         row = max(n for n in range(1, _ROW + 1) if last % n == 0)
-        rows = (
-            (*values.shape[:-1], last // row, row) if row >= 8 else (1, values.size)
-        )  # or none worth a kernel of its own
+        # Rows shorter than 8 are not worth a kernel of their own.
+        rows = (*values.shape[:-1], last // row, row) if row >= 8 else (1, values.size)
         values = jnp.sum(values.reshape(rows), axis=-1).reshape(-1)
-        # Through a gather, which keeps the sharding of one tensor from spreading to the others, and
-        # is fused.
+        # A gather is fused, and keeps the sharding of one tensor from spreading to the others.
         sums.append(values.at[jnp.arange(values.size)].get(mode="promise_in_bounds"))
-    # Without the barrier XLA sums before it concatenates, with a kernel or two for each tensor.
+    # Without the barrier XLA sums before it concatenates, with a kernel or two per tensor.
     return jnp.sum(lax.optimization_barrier(jnp.concatenate(sums))), window
 
 
@@ -145,8 +139,8 @@ def _sum_in_blocks(
     total = jnp.zeros((), float_dtype())
     for product, w, scale, multiplier in zip(products, weights, scales, multipliers, strict=True):
         total += _sum_tensor_in_blocks(product, w, scale, multiplier, window)
-        # So the tensors come one after another, and use the same memory: XLA does not know that no
-        # sum is below minus infinity.
+        # Never true, which XLA does not know: it makes each tensor wait for the one before, so that
+        # they share their memory.
         window = jnp.where(total < -jnp.inf, jnp.nan, window)
     return total, window
 
@@ -154,44 +148,40 @@ def _sum_in_blocks(
 def _sum_tensor_in_blocks(
     product: Products, w: jax.Array, scale: jax.Array, multiplier: jax.Array, window: jax.Array
 ) -> jax.Array:
-    layout = (
-        _block_layout(w.shape) if w.ndim > 1 and (scale.ndim == 0 or scale.shape[-2] == 1) else None
-    )
+    per_row = scale.ndim and w.ndim > 1 and scale.shape[-2] != 1
+    layout = None if w.ndim < 2 or per_row else _block_layout(w.shape)
     if layout is None:
         return jnp.sum(product(w, scale, multiplier, window))
     outer, blocks = layout[0], layout[3]
-    axes = [
-        axis for axis, n in enumerate(layout) if n > 1
-    ]  # of axes of one XLA would make another layout, in a copy
+    # Without the axes of size 1, for which XLA would choose another layout, and copy.
+    axes = [axis for axis, n in enumerate(layout) if n > 1]
     tensors = [array.reshape([layout[axis] for axis in axes]) for array in (w, multiplier)]
     if scale.ndim:
-        scale = jnp.broadcast_to(scale, (*w.shape[:-2], 1, scale.shape[-1])).reshape(
-            outer, -1, 1, 1, scale.shape[-1]
-        )
+        scale = jnp.broadcast_to(scale, (*w.shape[:-2], 1, scale.shape[-1]))
+        scale = scale.reshape(outer, -1, 1, 1, scale.shape[-1])
     block_shape = [n for axis, n in enumerate(layout) if axis not in (0, 3)]
 
     def add_block(i: jax.Array, sums: jax.Array) -> jax.Array:
         zero = jnp.zeros_like(i)
         start = [(i // blocks, zero, zero, i % blocks, zero, zero)[axis] for axis in axes]
         size = [1 if axis in (0, 3) else layout[axis] for axis in axes]
-        block, its = (
+        weights, multipliers = (
             lax.dynamic_slice(tensor, start, size).reshape(block_shape) for tensor in tensors
         )
-        return sums + product(block, scale[i // blocks] if scale.ndim else scale, its, window)
+        scales = scale[i // blocks] if scale.ndim else scale
+        return sums + product(weights, scales, multipliers, window)
 
-    zero = jnp.where(
-        window < -jnp.inf, jnp.nan, jnp.zeros((), float_dtype())
-    )  # not to be had before the window is
+    # Depends on the window, so XLA cannot hoist it.
+    zero = jnp.where(window < -jnp.inf, jnp.nan, jnp.zeros((), float_dtype()))
     return jnp.sum(lax.fori_loop(0, outer * blocks, add_block, jnp.broadcast_to(zero, block_shape)))
 
 
 def _block_layout(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The axes (outer, matrices, groups, blocks, rows, columns) to see a tensor in: all but outer
-    and blocks make a block.
+    """Splits a shape into axes (outer, matrices, groups, blocks, rows, columns).
 
-    A block has several matrices, or a part of one: rows from all over it, so that of rows shared
-    out among devices each has its part of every block; those of a group are neighbours, because
-    memory is read a page at a time. None if it were the only block.
+    A block spans all axes but outer and blocks: several matrices, or part of one. The rows of a
+    part are strided so that every device owns part of every block; those of a group are neighbors,
+    because memory is read one page at a time. Returns None if there would be only one block.
     """
     *leading, rows, columns = shape
     count = math.prod(leading)
@@ -203,13 +193,11 @@ def _block_layout(shape: tuple[int, ...]) -> tuple[int, ...] | None:
         _smallest_divisor(rows // groups, _BLOCK / (groups * columns)) if matrices == 1 else rows
     )
     blocks = rows // groups // height
-    return (
-        (count // matrices, matrices, groups, blocks, height, columns)
-        if count // matrices * blocks > 1
-        else None
-    )
+    if count // matrices * blocks == 1:
+        return None
+    return count // matrices, matrices, groups, blocks, height, columns
 
 
 def _smallest_divisor(number: int, least: float) -> int:
-    """The smallest divisor that is not less, or the number itself."""
+    """The smallest divisor that is not below `least`, or the number itself."""
     return min((n for n in range(1, number + 1) if number % n == 0 and n >= least), default=number)

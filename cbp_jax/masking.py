@@ -1,12 +1,11 @@
 """Which leaves of a parameter tree are constrained: paths, patterns and masks.
 
-A leaf's path is the tuple of its keys as strings; written out they are joined by "/". A Flax NNX
-variable counts as its value, so that `conv/kernel` names the same leaf in an NNX state and in a
-dictionary.
+A leaf's path is the tuple of its keys as strings, written joined by "/". A Flax NNX variable is
+treated as its value, so that `conv/kernel` names the same leaf in an NNX state and in a dictionary.
 
 By default a leaf is constrained if it is floating, has at least two axes, and its path does not
-name it as a bias, a scale, the parameter of a norm, or a table of embeddings or positions: biases
-of layers stacked for `scan` have two axes too. Of three axes or more, two must be longer than 1:
+name it as a bias, a scale, a norm parameter, or a table of embeddings or positions (biases of
+layers stacked for `scan` have two axes too). Of three axes or more, two must be longer than 1:
 Equinox's convolutions have biases of shape (channels, 1, 1).
 """
 
@@ -23,8 +22,8 @@ import numpy as np
 PyTree = Any
 Path = tuple[str, ...]
 
-# Words of the last key, and of any key, that name what is no weight of a layer. "LayerNorm_0" has
-# the words layer and norm.
+# Words in the last key, and in any key, of leaves that are not kernels. The words of "LayerNorm_0"
+# are layer and norm.
 _LAST_KEY = re.compile(r"bias(es)?|scale|gamma|beta|offset")
 _ANY_KEY = re.compile(r"embed(s|der|ding|dings)?|wte|wpe|pos|position(s|al)?|[a-z]*norm|bn|ln")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
@@ -33,28 +32,29 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 def select(
     include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
 ) -> Callable[[PyTree], PyTree]:
-    """A mask that names leaves by patterns of their paths.
+    """Returns a mask that selects leaves by patterns of their paths.
 
-    A leaf is selected if `re.fullmatch(pattern, path)` holds for a pattern of `include` and for
-    none of `exclude`.
+    A leaf is selected if `re.fullmatch(pattern, path)` holds for a pattern in `include` and for
+    none in `exclude`.
 
     Args:
-      include: a pattern or several; None selects the default: floating leaves with at least two
-        axes, but no biases, scales, norm parameters, embeddings or position tables, recognized by
-        their paths. Patterns select exactly what they match, biases and norm parameters too: end
-        them with the name of the weights ("block1/.*/kernel").
-      exclude: a pattern or several; None excludes nothing.
+      include: one or more patterns. They select exactly what they match, including biases and norm
+        parameters, so end them with the name of the weights ("block1/.*/kernel"). None selects the
+        default: floating leaves with at least two axes, except biases, scales, norm parameters,
+        embeddings and position tables, recognized by their paths.
+      exclude: one or more patterns; None excludes nothing.
 
     Returns:
-      A function from a parameter tree to a tree of bools of the same structure, to be given as
-      `mask`. It raises ValueError when a pattern matches no path, listing the paths nearest to it.
+      A function from a parameter tree to a tree of bools of the same structure, to pass as `mask`.
+      It raises ValueError if a pattern matches no path, and lists near misses.
 
     Raises:
       ValueError: if a pattern is not a regular expression.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
-      >>> params = {"conv": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}, "head": {"kernel": jnp.ones((3, 2))}}
+      >>> conv = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}
+      >>> params = {"conv": conv, "head": {"kernel": jnp.ones((3, 2))}}
       >>> cbp_jax.select(exclude="head/.*")(params)
       {'conv': {'bias': False, 'kernel': True}, 'head': {'kernel': False}}
     """
@@ -74,20 +74,18 @@ def select(
 
 
 def is_variable(node: Any) -> bool:
-    """Whether a node is a Flax NNX variable of one array; without importing flax, which this library does not need."""
-    nnx = sys.modules.get("flax.nnx")
+    """Whether a node is a Flax NNX variable that holds a single array."""
+    nnx = sys.modules.get("flax.nnx")  # not imported: this library does not depend on Flax
     return nnx is not None and isinstance(node, nnx.Variable) and len(jax.tree.leaves(node)) <= 1
 
 
 def has_modules(tree: PyTree) -> bool:
-    """Whether a tree is a Flax NNX module, or holds one."""
+    """Whether a tree is or contains a Flax NNX module."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return False
-    return any(
-        isinstance(node, nnx.Module)
-        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Module))
-    )
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Module))
+    return any(isinstance(node, nnx.Module) for node in nodes)
 
 
 def flatten_with_paths(
@@ -105,7 +103,7 @@ def flatten_with_paths(
 
 
 def as_path(keys: Iterable[Any]) -> Path:
-    """A path from jax's keys, which differ between dictionaries, sequences and attributes."""
+    """Converts jax's keys, which differ between dictionaries, sequences and attributes."""
     return tuple(
         next(str(getattr(key, name)) for name in ("key", "name", "idx") if hasattr(key, name))
         for key in keys
@@ -113,7 +111,7 @@ def as_path(keys: Iterable[Any]) -> Path:
 
 
 def path_string(path: Path) -> str:
-    """A path as people write it; a tree that is a single leaf has the path "(root)"."""
+    """A path as text; that of a tree that is a single leaf is "(root)"."""
     return "/".join(path) or "(root)"
 
 
@@ -127,7 +125,7 @@ def is_floating(leaf: Any) -> bool:
 
 
 def default_mask(params: PyTree) -> list[bool]:
-    """Which leaves are constrained by default: kernels by their shape that their path does not name as anything else."""
+    """One bool per leaf: whether it is constrained by default (see the top of this file)."""
     leaves = flatten_with_paths(params)
     paths = {path for path, _ in leaves}
     return [
@@ -149,9 +147,9 @@ def _is_named_as_no_kernel(path: Path, paths: Container[Path]) -> bool:
 
 
 def compile_patterns(patterns: str | Iterable[str] | None) -> list[re.Pattern[str]]:
-    """One pattern, several or none, compiled; ValueError names the one that is not a regular expression."""
+    """Compiles one pattern, several or none; raises ValueError for an invalid one."""
     if not isinstance(patterns, str | Iterable | None):
-        raise ValueError(f"{patterns!r} is neither a pattern nor several of them")
+        raise ValueError(f"{patterns!r} is not a pattern, nor a sequence of patterns")
     compiled = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         try:
@@ -164,26 +162,38 @@ def compile_patterns(patterns: str | Iterable[str] | None) -> list[re.Pattern[st
 
 
 def check_patterns(patterns: Iterable[re.Pattern[str]], paths: Sequence[str]) -> None:
-    """Refuses a pattern that matches none of the paths: it is mistyped, or meant for another network."""
+    """Raises ValueError if a pattern matches no path."""
     for pattern in patterns:
         if not any(map(pattern.fullmatch, paths)):
             near = difflib.get_close_matches(pattern.pattern, paths, n=5, cutoff=0.3) or paths[:5]
             raise ValueError(
-                f"pattern {pattern.pattern!r} matches none of the {len(paths)} paths; near misses: {', '.join(near)}. "
-                "A pattern is a regular expression over the whole path: 'conv1/.*' matches all below conv1."
+                f"pattern {pattern.pattern!r} matches none of the {len(paths)} paths; near misses: "
+                f"{', '.join(near)}. A pattern is a regular expression over the whole path: "
+                "'conv1/.*' matches everything below conv1."
             )
 
 
 def resolve_mask(mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree) -> list[bool]:
-    """A mask (a tree of bools or a prefix of one, a callable giving one, or None) as one bool a leaf of `params`."""
+    """Resolves a mask to one bool per leaf of `params`.
+
+    Args:
+      mask: a tree of bools, a prefix of one, a callable from parameters to either, or None for the
+        default.
+      params: the parameters.
+
+    Raises:
+      TypeError: if the mask holds anything but bools.
+      ValueError: if its structure does not fit the parameters.
+    """
     if mask is None:
         return default_mask(params)
-    # A module of bools may be callable too, but only a function is a callable leaf.
+    # A module of bools may be callable too, but it has leaves that are not.
     tree = mask(params) if callable(mask) and all(map(callable, jax.tree.leaves(mask))) else mask
     for leaf in jax.tree.leaves(tree):
-        if not (isinstance(leaf, bool | np.bool_)):
+        if not isinstance(leaf, bool | np.bool_):
             raise TypeError(
-                f"a mask holds bools, got {leaf!r} ({type(leaf).__name__}): True constrains a leaf, False leaves it"
+                f"a mask holds bools, got {leaf!r} ({type(leaf).__name__}): True constrains a "
+                "leaf, False does not"
             )
     try:
         return jax.tree.leaves(

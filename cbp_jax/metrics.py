@@ -1,4 +1,4 @@
-"""How far the weights are from their levels: the failure score, a report per layer, a histogram of levels."""
+"""How far the weights are from their levels: failure score, layer report, relative weights."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,13 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.masking import PyTree, path_string
-from cbp_jax.state import (
-    ConstrainedLeaf,
-    constrained_leaves,
-    find_states,
-    float_dtype,
-    window,
-)
+from cbp_jax.state import ConstrainedLeaf, constrained_leaves, find_states, float_dtype, window
 
 # A weight counts as on its level when it is within this share of the scale.
 ON_LEVEL = 0.01
@@ -25,17 +19,17 @@ def constraint_failure_score(
 ) -> jax.Array:
     """The paper's CFS: the mean violation over all constrained weights, whatever the window.
 
-    With `Y(w) = 2 |w - q(w)|` and `n` constrained weights: `CFS = sum Y(w) / n`, or `sum (Y(w) /
-    scale) / n`.
+    With `Y(w) = 2 |w - q(w)|` and `n` constrained weights, `CFS = sum Y(w) / n`; if relative,
+    `CFS = sum (Y(w) / scale) / n`.
 
     Args:
       params: the latent weights.
       opt_state: any optimizer state with one or more `CBPState`s in it.
-      relative: in units of the scale, which makes layers and networks comparable; weights of scale
-        0 count as met.
+      relative: whether to measure in units of the scale, which makes layers and networks
+        comparable; weights of scale 0 count as satisfied.
 
     Returns:
-      Array of shape (), float. 0 when every weight is on a level.
+      Array of shape (), float; 0 when every weight is on a level.
 
     Raises:
       ValueError: as `cbp_jax.quantize` does.
@@ -56,9 +50,8 @@ def constraint_failure_score(
         (jnp.sum(_violation(leaf, relative), dtype=float_dtype()) for leaf in leaves),
         jnp.zeros((), float_dtype()),
     )
-    return total / float(
-        max(sum(leaf.weight.size for leaf in leaves), 1)
-    )  # float: there may be more than int32 holds
+    size = sum(leaf.weight.size for leaf in leaves)
+    return total / float(max(size, 1))  # a float, since int32 may be too small
 
 
 @jax.tree_util.register_dataclass
@@ -68,15 +61,13 @@ class LayerReport:
 
     layer: str = dataclasses.field(metadata={"static": True})
     constraint: str = dataclasses.field(metadata={"static": True})
-    bits: int = dataclasses.field(metadata={"static": True})  # a weight
+    bits: int = dataclasses.field(metadata={"static": True})  # per weight
     weights: int = dataclasses.field(metadata={"static": True})
-    scales: int = dataclasses.field(metadata={"static": True})  # 1, or one a channel
-    scale: jax.Array  # the mean, if there is one a channel
-    bad_scales: jax.Array  # how many scales are 0 or not finite: their weights are not constrained
+    scales: int = dataclasses.field(metadata={"static": True})  # 1, or the number of channels
+    scale: jax.Array  # the mean over channels
+    bad_scales: jax.Array  # scales that are 0 or not finite, whose weights are not constrained
     violation: jax.Array  # mean violation in units of the scale, whatever the window
-    on_level: (
-        jax.Array
-    )  # share of the weights within 1% of the scale of a level, the tolerance of `pack`
+    on_level: jax.Array  # share of weights within 1% of the scale of a level, as `pack` requires
     multiplier_mean: jax.Array
     multiplier_max: jax.Array
 
@@ -84,10 +75,9 @@ class LayerReport:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One `LayerReport` per constrained leaf, and where the schedule stands; printed, an aligned
-    table with a footer.
+    """One `LayerReport` per constrained leaf, and the state of the schedule; prints as a table.
 
-    The arrays have shape (). Of several links, each figure is that of the one furthest behind.
+    The arrays have shape (). With several links, each figure is that of the link furthest behind.
     """
 
     layers: tuple[LayerReport, ...]
@@ -108,22 +98,22 @@ class Report:
             "max",
         )
         lines = aligned([header, *map(_table_row, self.layers)])
-        steps, updates, skipped = (
-            int(self.steps),
-            int(self.multiplier_updates),
-            int(self.skipped_values),
-        )
+        steps, updates = int(self.steps), int(self.multiplier_updates)
+        skipped = int(self.skipped_values)
         plural = "" if updates == 1 else "s"
         lines.append(
-            f"window {float(self.window):.4g}, {updates:,} multiplier update{plural} in {steps:,} steps"
+            f"window {float(self.window):.4g}, "
+            f"{updates:,} multiplier update{plural} in {steps:,} steps"
         )
         if steps and updates <= 1:
             lines.append(
-                "only the first update so far: steps_per_epoch * patience should be a small part of your run"
+                "only the first update so far: "
+                "steps_per_epoch * patience should be a small part of your run"
             )
         if skipped:
             lines.append(
-                f"{skipped:,} of {steps:,} steps had no finite value: call optimizer.update(grads, state, params, value=loss)"
+                f"{skipped:,} of {steps:,} steps had no finite value: "
+                "call optimizer.update(grads, state, params, value=loss)"
             )
         flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
         if flagged:
@@ -132,14 +122,14 @@ class Report:
 
 
 def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
-    """How well each constrained leaf meets its constraint.
+    """Reports how well each constrained leaf meets its constraint.
 
     Args:
       params: the latent weights.
       opt_state: any optimizer state with one or more `CBPState`s in it.
 
     Returns:
-      A `Report`, a pytree that may leave a jitted function; `print` shows it as a table. Violations
+      A `Report`, a pytree that jitted functions may return; `print` shows it as a table. Violations
       are means of `2 |w - q(w)|` in units of the scale.
 
     Raises:
@@ -155,51 +145,52 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
       kernel  binary            3    0.5     0.6667          33.33%                0    0
       window 1, 0 multiplier updates in 0 steps
     """
-    layers = []
-    for leaf in constrained_leaves(params, opt_state):
-        violation, n = _violation(leaf, relative=True), float(max(leaf.weight.size, 1))
-        layers.append(
-            LayerReport(
-                layer=path_string(leaf.path),
-                constraint=leaf.constraint.name,
-                bits=leaf.constraint.bits,
-                weights=leaf.weight.size,
-                scales=leaf.scale.size,
-                scale=jnp.mean(leaf.scale) if leaf.scale.size else jnp.zeros((), leaf.scale.dtype),
-                bad_scales=jnp.sum(~((leaf.scale > 0) & jnp.isfinite(leaf.scale)))
-                * bool(leaf.weight.size),
-                violation=jnp.sum(violation, dtype=float_dtype()) / n,
-                on_level=jnp.sum(violation <= 2 * ON_LEVEL, dtype=float_dtype()) / n,
-                multiplier_mean=jnp.sum(leaf.multiplier, dtype=float_dtype()) / n,
-                multiplier_max=jnp.max(
-                    leaf.multiplier, initial=-jnp.inf if leaf.multiplier.size else 0
-                ).astype(float_dtype()),
-            )
-        )
     states = find_states(opt_state)
 
-    def furthest(name: str, pick: Callable[..., jax.Array]) -> jax.Array:
+    def furthest_behind(name: str, pick: Callable[..., jax.Array]) -> jax.Array:
         return pick(jnp.stack([getattr(state, name) for state in states]))
 
     return Report(
-        tuple(layers),
+        tuple(map(_report_leaf, constrained_leaves(params, opt_state))),
         window=window(opt_state),
-        multiplier_updates=furthest("multiplier_updates", jnp.min),
-        steps=furthest("count", jnp.max),
-        skipped_values=furthest("skipped_values", jnp.max),
+        multiplier_updates=furthest_behind("multiplier_updates", jnp.min),
+        steps=furthest_behind("count", jnp.max),
+        skipped_values=furthest_behind("skipped_values", jnp.max),
+    )
+
+
+def _report_leaf(leaf: ConstrainedLeaf) -> LayerReport:
+    size, scale, multiplier = leaf.weight.size, leaf.scale, leaf.multiplier
+    violation = _violation(leaf, relative=True)
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.sum(values, dtype=float_dtype()) / float(max(size, 1))
+
+    return LayerReport(
+        layer=path_string(leaf.path),
+        constraint=leaf.constraint.name,
+        bits=leaf.constraint.bits,
+        weights=size,
+        scales=scale.size,
+        scale=jnp.mean(scale) if scale.size else jnp.zeros((), scale.dtype),
+        bad_scales=jnp.sum(~((scale > 0) & jnp.isfinite(scale))) * bool(size),
+        violation=mean(violation),
+        on_level=mean(violation <= 2 * ON_LEVEL),
+        multiplier_mean=mean(multiplier),
+        multiplier_max=jnp.max(multiplier, initial=-jnp.inf if size else 0).astype(float_dtype()),
     )
 
 
 def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """How many weights are nearest to each level.
+    """Counts the weights nearest to each level.
 
     Args:
       params: the latent weights.
       opt_state: any optimizer state with one or more `CBPState`s in it.
 
     Returns:
-      For the path of each constrained leaf an int32 array with a count for each of its constraint's
-      levels, lowest first.
+      For the path of each constrained leaf an int32 array with one count per level of its
+      constraint, lowest first.
 
     Raises:
       ValueError: as `cbp_jax.quantize` does.
@@ -215,7 +206,7 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
     for leaf in constrained_leaves(params, opt_state):
         nearest = leaf.constraint.level_index(leaf.weight, leaf.scale)
         levels = jnp.arange(len(leaf.constraint.levels))
-        # A reduction a level, which shards as the weights do; a scatter (jnp.bincount) does not.
+        # One reduction per level is sharded like the weights; a scatter (jnp.bincount) is not.
         histogram[path_string(leaf.path)] = jax.lax.map(
             lambda level, nearest=nearest: jnp.sum(nearest == level, dtype=jnp.int32), levels
         )
@@ -223,10 +214,9 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
 
 
 def relative_weights(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """The latent weights of each constrained leaf in units of its scale: `w / scale`.
+    """Returns the latent weights of each constrained leaf in units of its scale: `w / scale`.
 
-    The levels are then those of the constraint, so that the weights of all layers fit one
-    histogram.
+    In these units the levels are those of the constraint, whatever the layer.
 
     Args:
       params: the latent weights.
@@ -234,7 +224,7 @@ def relative_weights(params: PyTree, opt_state: optax.OptState) -> dict[str, jax
 
     Returns:
       For the path of each constrained leaf an array of its shape, of dtype
-      `promote_types(w.dtype, float32)`. Where the scale is 0 the weights are not divided.
+      `promote_types(w.dtype, float32)`. Where the scale is 0, weights are not divided.
 
     Raises:
       ValueError: as `cbp_jax.quantize` does.
@@ -275,7 +265,7 @@ def _table_row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, the first row its header: the first two columns to the left, the others to the right."""
+    """Formats a table: the first row is its header, and all but two columns are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     justify = (str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2))
     lines = [

@@ -1,4 +1,4 @@
-"""The paper's whole recipe as one optimizer, and the box that keeps its weights bounded."""
+"""The paper's whole recipe as one optimizer, and a link that keeps parameters in a box."""
 
 import math
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ class CBPSGDState(NamedTuple):
 
     cbp: CBPState
     sgd: optax.OptState
-    # shape=(), float32, or float64 under x64: the rate that the last call applied, decay by the
-    # window included; before the first call, the rate that it will apply
+    # shape=(), float32, or float64 under x64: the rate that the last call applied, including the
+    # decay by the window; before the first call, the rate that it will apply
     learning_rate: jax.Array
 
 
@@ -55,24 +55,25 @@ def cbp_sgd(
         velocity = momentum * velocity + gradient
         w        = w - lr * (lr_decay if g >= lr_decay_window else 1) * velocity
 
-    Only kernels decay; constrained weights are clamped to ±`weight_bound` after the step.
+    By default only kernels decay. After the step, constrained weights are clamped to
+    ±`weight_bound`.
 
     Args:
-      learning_rate: a number or a schedule of the step.
+      learning_rate: a number, or a schedule from steps to rates.
       constraint: as in `cbp_jax.cbp`.
       steps_per_epoch: as in `cbp_jax.cbp`.
       patience: as in `cbp_jax.cbp`.
       multiplier_learning_rate: as in `cbp_jax.cbp`.
-      momentum: decay of the momentum; None is plain descent.
-      weight_decay: coefficient of the weights in the gradient, after clipping.
-      gradient_clip: bound of each element of the gradient; None does not clip.
-      weight_bound: bound of each constrained weight; None does not clamp.
-      lr_decay: factor of the learning rate from `lr_decay_window` on.
-      lr_decay_window: the window, read after the epoch boundary of this call, from which the
-        learning rate is decayed.
+      momentum: decay of the momentum; None is plain gradient descent.
+      weight_decay: factor of the weights that is added to the gradient after clipping.
+      gradient_clip: bound on the absolute value of each gradient element; None does not clip.
+      weight_bound: bound on the absolute value of each constrained weight; None does not clamp.
+      lr_decay: factor on the learning rate once the window has reached `lr_decay_window`.
+      lr_decay_window: the window from which the learning rate is decayed; the window that counts is
+        the one after this call's epoch boundary.
       mask: as in `cbp_jax.cbp`.
-      decay_mask: the leaves that decay, as `mask`. None: leaves with at least two axes. Static
-        under `optax.inject_hyperparams`.
+      decay_mask: which leaves decay, in the form of `mask`. None: leaves with at least two axes.
+        Static under `optax.inject_hyperparams`.
       multiplier_optimizer: as in `cbp_jax.cbp`.
       scale_axis: as in `cbp_jax.cbp`.
       scale_fn: as in `cbp_jax.cbp`.
@@ -86,7 +87,7 @@ def cbp_sgd(
       rate that the last call applied, for logs.
 
     Raises:
-      ValueError: as `cbp_jax.cbp`; and if `weight_bound` or `gradient_clip` is not positive.
+      ValueError: as `cbp_jax.cbp` does; or if `weight_bound` or `gradient_clip` is not positive.
 
     Example:
       >>> import cbp_jax, jax.numpy as jnp
@@ -168,19 +169,19 @@ def _at_least_two_axes(params: PyTree) -> PyTree:
 def keep_params_in_box(
     lower: ArrayLike, upper: ArrayLike, mask: MaskSpec = None
 ) -> optax.GradientTransformation:
-    """Changes updates so that the updated parameters stay in a box; the last link of a chain.
+    """Changes updates so that the updated parameters stay in a box; use it as the last link.
 
-    Where `params + updates` leaves `[lower, upper]` the update becomes the way to the nearer bound,
-    rounded inwards; elsewhere it stays as it is.
+    Where `params + updates` leaves `[lower, upper]` the update is changed so that the parameter
+    lands on the nearer bound, rounded inward; elsewhere it is unchanged.
 
     Args:
-      lower: the lower bound, a number or shape ().
+      lower: the lower bound, a number or an array of shape ().
       upper: the upper bound, likewise.
-      mask: the leaves to keep inside: a tree of bools, a prefix of one or a callable giving one.
-        None: all floating leaves.
+      mask: which leaves to keep inside: a tree of bools, a prefix of one, or a callable from
+        parameters to either. None: all floating leaves.
 
     Returns:
-      A link without state, whose `update` needs `params`.
+      A stateless link whose `update` needs `params`.
 
     Raises:
       ValueError: if the lower bound is not below the upper one; from `update`, without `params`.
@@ -193,7 +194,7 @@ def keep_params_in_box(
       >>> print(params + updates)
       [1.   0.25]
 
-    Reference: Kim and Jeong (2021): the authors' code clamps constrained weights to [-1, 1] after
+    Reference: the code of Kim and Jeong (2021), which clamps constrained weights to [-1, 1] after
       each step.
     """
     if isinstance(lower, int | float) and isinstance(upper, int | float) and not lower < upper:
@@ -210,19 +211,21 @@ def keep_params_in_box(
     ) -> tuple[PyTree, optax.EmptyState]:
         if params is None:
             raise ValueError(
-                "keep_params_in_box needs the parameters: call optimizer.update(grads, state, params)"
+                "keep_params_in_box needs the parameters: "
+                "call optimizer.update(grads, state, params)"
             )
-        weights, moves = jax.tree.leaves(params), jax.tree.leaves(updates)
-        if len(weights) != len(moves):
+        weights, steps = jax.tree.leaves(params), jax.tree.leaves(updates)
+        if len(weights) != len(steps):
             raise ValueError(
-                f"there are {len(weights)} parameters but {len(moves)} updates: give trees of the same structure"
+                f"there are {len(weights)} parameters but {len(steps)} updates: "
+                "give trees of the same structure"
             )
         flags = list(map(is_floating, weights)) if mask is None else resolve_mask(mask, params)
-        moved = [
+        clamped = [
             _clamp_update(w, u, lower, upper) if flag else u
-            for w, u, flag in zip(weights, moves, flags, strict=True)
+            for w, u, flag in zip(weights, steps, flags, strict=True)
         ]
-        return jax.tree.unflatten(jax.tree.structure(updates), moved), state
+        return jax.tree.unflatten(jax.tree.structure(updates), clamped), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -234,22 +237,21 @@ def _clamp_update(w: jax.Array, update: jax.Array, lower: ArrayLike, upper: Arra
         (bound.astype(wide) - w.astype(wide)).astype(update.dtype) for bound in (low, high)
     )
     inside = jnp.where(w + update > high, to_high, jnp.where(w + update < low, to_low, update))
-    # Either difference may have been rounded outwards, by less than one step of its own precision.
+    # Rounding may have put either difference outside, by less than one step of its precision.
     if jnp.finfo(inside.dtype).bits < 32:
         down, up = (
             jnp.nextafter(inside, jnp.asarray(end, inside.dtype)) for end in (-math.inf, math.inf)
         )
-    else:  # a step or two; nextafter is much arithmetic
+    else:  # one step or two, for less arithmetic than nextafter takes
         step = jnp.abs(inside) * jnp.finfo(inside.dtype).eps
         down, up = inside - step, inside + step
     return jnp.where(w + inside > high, down, jnp.where(w + inside < low, up, inside))
 
 
-def _round_inward(bound: ArrayLike, dtype: jnp.dtype, towards: float) -> jax.Array:
-    """The bound in a dtype that may not hold it, not further out than it was."""
+def _round_inward(bound: ArrayLike, dtype: jnp.dtype, inward: float) -> jax.Array:
+    """Rounds a bound to a dtype, towards `inward`, which is infinite."""
     exact = jnp.asarray(bound, jnp.promote_types(dtype, jnp.float32))
     rounded = exact.astype(dtype)
-    outside = (
-        rounded.astype(exact.dtype) < exact if towards > 0 else rounded.astype(exact.dtype) > exact
-    )
-    return jnp.where(outside, jnp.nextafter(rounded, jnp.asarray(towards, dtype)), rounded)
+    widened = rounded.astype(exact.dtype)
+    outside = widened < exact if inward > 0 else widened > exact
+    return jnp.where(outside, jnp.nextafter(rounded, jnp.asarray(inward, dtype)), rounded)

@@ -71,7 +71,7 @@ def measure_scale(
 def warn_if_quantized(
     path: Path, w: jax.Array, constraint: Constraint, kept_axes: Sequence[int]
 ) -> None:
-    """Warns, outside of `jit`, if the weights of one scale have no more distinct values than levels."""
+    """Warns, outside of `jit`, if a leaf has no more distinct values (per scale) than levels."""
     most = len(constraint.levels)
     if isinstance(w, jax.core.Tracer) or not getattr(w, "is_fully_addressable", True) or not w.size:
         return
@@ -101,7 +101,7 @@ def _count_distinct(weights: jax.Array | np.ndarray) -> int:
 
 
 def _replicate(scale: jax.Array) -> jax.Array:
-    """Copies a scale to every device; in automatic sharding mode under `jit` the compiler decides."""
+    """Puts a scale on every device; in automatic mode under `jit` the compiler decides."""
     traced = isinstance(scale, jax.core.Tracer)
     sharding = jax.typeof(scale).sharding if traced else scale.sharding
     if not isinstance(sharding, NamedSharding) or (
@@ -113,7 +113,7 @@ def _replicate(scale: jax.Array) -> jax.Array:
 
 
 def normalize_axes(path: Path, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
-    """Returns the axes as sorted numbers from 0; raises ValueError if the leaf lacks one of them."""
+    """Returns the axes sorted and counted from 0; raises ValueError if the leaf lacks one."""
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""What CBP remembers, and what is read from it: the forward weights, the window, the scales.
+"""CBP's optimizer state and its readers: the forward weights, the window, the scales.
 
-The functions here take any optimizer state and find the `CBPState`s in it. They pair a state's
-leaves with parameters by path, so a Flax NNX state, its pure form and the `opt_state` of an
-`nnx.Optimizer` all fit each other.
+The functions here accept any optimizer state and find the `CBPState`s in it. They pair the leaves
+of a state with parameters by path, so that a Flax NNX state, its pure form and the `opt_state` of
+an `nnx.Optimizer` all fit each other.
 """
 
 from typing import Any, NamedTuple
@@ -25,35 +25,34 @@ from cbp_jax.scales import ScaleFn, measure_scale
 
 
 class CBPState(NamedTuple):
-    """State of the `cbp` link; "float" is float32, or float64 under x64.
+    """State of the `cbp` link; "float" means float32, or float64 under x64.
 
-    Trees have the structure of the parameters, with `optax.MaskedNode` where a leaf is not
-    constrained. The constraints are structure, not arrays: pickle and `jax.tree` keep them, but
-    Orbax writes arrays alone. To be sure that a state is restored under its own constraint, save
-    `cbp_jax.describe(state)` with it and call `cbp_jax.check_description` when it is restored.
+    Trees have the structure of the parameters, with `optax.MaskedNode` for unconstrained leaves.
+    The constraints are structure, not arrays: pickle and `jax.tree` keep them, but Orbax saves only
+    arrays. To be sure that a state is restored under its own constraint, save
+    `cbp_jax.describe(state)` with it and call `cbp_jax.check_description` after restoring.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: steps taken, saturating; informational
-    step_in_epoch: jax.Array  # shape=(), dtype=int32: wraps at steps_per_epoch
-    started: jax.Array  # shape=(), dtype=bool: whether the first step was taken
-    constraints: PyTree  # one Constraint a constrained leaf, part of the tree's structure
-    multipliers: PyTree  # one a constrained weight, sharded like it
-    weight_scale: PyTree  # shape=() a leaf, or with kept dimensions
+    # shape=(), int32: steps taken, saturating; informational
+    count: jax.Array  # type: ignore[assignment]
+    step_in_epoch: jax.Array  # shape=(), int32: wraps at steps_per_epoch
+    started: jax.Array  # shape=(), bool: whether the first step has been taken
+    constraints: PyTree  # one Constraint per constrained leaf, part of the tree's structure
+    multipliers: PyTree  # one per constrained weight, sharded like it
+    weight_scale: PyTree  # per leaf, shape=() or with kept dimensions
     window: jax.Array  # shape=(), float: g, from initial_window to infinity
     multiplier_opt_state: optax.OptState
-    lagrangian_sum: jax.Array  # shape=(), float: of this epoch so far; -inf: not comparable
-    previous_sum: (
-        jax.Array
-    )  # shape=(), float: of the last epoch; inf: none yet; -inf: not comparable
-    patience_used: jax.Array  # shape=(), dtype=int32: epochs since the window grew
-    skipped_values: jax.Array  # shape=(), dtype=int32: steps whose value was missing or not finite
-    multiplier_updates: (
-        jax.Array
-    )  # shape=(), dtype=int32: ascent steps that the multipliers took, the first call's included
+    lagrangian_sum: jax.Array  # shape=(), float: over this epoch so far; -inf: not comparable
+    # shape=(), float: over the last epoch; inf: none yet; -inf: not comparable
+    previous_sum: jax.Array
+    patience_used: jax.Array  # shape=(), int32: epochs since the window grew
+    skipped_values: jax.Array  # shape=(), int32: steps whose value was missing or not finite
+    # shape=(), int32: ascent steps of the multipliers, including that of the first call
+    multiplier_updates: jax.Array
 
 
 class ConstrainedLeaf(NamedTuple):
-    """A constrained parameter with all that belongs to it."""
+    """A constrained parameter with its part of the state."""
 
     path: Path
     weight: jax.Array
@@ -63,27 +62,26 @@ class ConstrainedLeaf(NamedTuple):
 
 
 def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
-    """The weights to run the forward pass with: constrained ones on their nearest levels, the
-    others as they are.
+    """Returns the forward weights: constrained leaves on their nearest levels, others unchanged.
 
-    With `q(w)` the level nearest to `w` times its scale, the result is `q(w)` on constrained leaves
-    and `w` elsewhere. To differentiate a loss at the result and apply the gradient to `params` is
-    the straight-through estimator.
+    With `q(w)` the level nearest to `w`, times its scale, the result is `q(w)` on constrained
+    leaves and `w` elsewhere. Differentiating a loss at the result and applying the gradient to
+    `params` is the straight-through estimator.
 
     Args:
-      params: the latent weights; leaves the state does not know are left as they are. A Flax NNX
-        module is taken too: the result is a module that shares every variable but the constrained
-        ones with it, so that batch statistics and dropout counters that a forward pass of the
-        result updates are updated in the module given.
-      opt_state: any optimizer state with one or more `CBPState`s in it, `nnx.Optimizer.opt_state`
-        too.
+      params: the latent weights. Leaves that the state does not know are returned unchanged. For a
+        Flax NNX module the result is a module that shares all variables but the constrained ones
+        with it, so that a forward pass of the result updates its batch statistics and dropout
+        counters.
+      opt_state: any optimizer state with one or more `CBPState`s in it, including
+        `nnx.Optimizer.opt_state`.
 
     Returns:
       A tree of the structure, shapes and dtypes of `params`.
 
     Raises:
       ValueError: if the state holds no `CBPState`, constrains a leaf twice, or does not fit the
-        parameters; it names the leaf.
+        parameters; the error names the leaf.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -105,8 +103,8 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
 
 def _replace_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
-    """An NNX module with new variables for the given values; it shares all others with the original."""
-    from flax import nnx  # imported already: there is a module of it
+    """An NNX module with new variables for these values, sharing all others with the original."""
+    from flax import nnx  # imported already, since there is a module
 
     def replace(keys: Any, variable: Any) -> Any:
         value = values.get(as_path(keys))
@@ -119,14 +117,15 @@ def _replace_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
 
 
 def window(opt_state: optax.OptState) -> jax.Array:
-    """The window in force, for schedules and logs: 1 at the start, growing to infinity as the
-    constraint closes.
+    """Returns the current window `g`, for schedules and logs.
+
+    It starts at `initial_window` and grows to infinity, where every weight is constrained.
 
     Args:
       opt_state: any optimizer state with one or more `CBPState`s in it.
 
     Returns:
-      Array of shape (), float; of several links, the smallest.
+      Array of shape (), float; the smallest window if there are several links.
 
     Raises:
       ValueError: if the state holds no `CBPState`.
@@ -145,44 +144,39 @@ def window(opt_state: optax.OptState) -> jax.Array:
 def refit_scales(
     params: PyTree, opt_state: optax.OptState, scale_fn: ScaleFn | None = None
 ) -> optax.OptState:
-    """A new state whose scales are measured again, on these parameters.
+    """Returns a new state whose scales are measured on these parameters.
 
     Args:
       params: the latent weights.
       opt_state: any optimizer state with one or more `CBPState`s in it; it is not changed.
-      scale_fn: as given to `cbp`; None measures the mean absolute value.
+      scale_fn: the function given to `cbp`; None measures the mean absolute value.
 
     Returns:
-      A state of the same structure, with new `weight_scale`, per tensor or per channel as before.
+      A state of the same structure with a new `weight_scale`, per tensor or per channel as before.
 
     Raises:
-      ValueError: as `quantize` does; or if a leaf is zero or not finite throughout.
+      ValueError: as `quantize` does; or if a leaf is not finite, or zero throughout.
 
     Example:
       >>> import jax, jax.numpy as jnp, cbp_jax
       >>> params = {"kernel": jnp.array([[-0.75, 0.25]])}
       >>> state = cbp_jax.cbp(constraint="binary").init(params)
-      >>> print(cbp_jax.refit_scales(jax.tree.map(lambda w: 4 * w, params), state).weight_scale["kernel"])
+      >>> state = cbp_jax.refit_scales(jax.tree.map(lambda w: 4 * w, params), state)
+      >>> print(state.weight_scale["kernel"])
       2.0
     """
-    scales = {
-        leaf.path: measure_scale(
-            leaf.path,
-            leaf.weight,
-            tuple(i for i, n in enumerate(leaf.scale.shape) if n > 1),
-            scale_fn,
-        )
-        for leaf in constrained_leaves(params, opt_state)
-    }
+    scales = {}
+    for leaf in constrained_leaves(params, opt_state):
+        kept_axes = tuple(axis for axis, n in enumerate(leaf.scale.shape) if n > 1)
+        scales[leaf.path] = measure_scale(leaf.path, leaf.weight, kept_axes, scale_fn)
 
     def refit(node: Any) -> Any:
         if not isinstance(node, CBPState):
             return node
         old = flatten_with_paths(node.weight_scale)
         new = [scales[path].reshape(scale.shape) for path, scale in old]
-        return node._replace(
-            weight_scale=jax.tree.unflatten(jax.tree.structure(node.weight_scale), new)
-        )
+        structure = jax.tree.structure(node.weight_scale)
+        return node._replace(weight_scale=jax.tree.unflatten(structure, new))
 
     return jax.tree.map(refit, opt_state, is_leaf=lambda node: isinstance(node, CBPState))
 
@@ -193,13 +187,18 @@ def float_dtype() -> jnp.dtype:
 
 
 def find_states(opt_state: optax.OptState) -> list[CBPState]:
-    """Every `CBPState` in an optimizer state, its NNX variables unwrapped; ValueError if there is none."""
+    """Returns every `CBPState` in an optimizer state, without NNX variables.
+
+    Raises:
+      ValueError: if there is none.
+    """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CBPState))
     states = [_unwrap_variables(node) for node in nodes if isinstance(node, CBPState)]
     if not states:
         raise ValueError(
-            "no CBPState in this optimizer state: give the state of an optimizer with cbp_jax.cbp or cbp_jax.cbp_sgd in it, "
-            f"as its init or update returned it (got {type(opt_state).__name__})"
+            "no CBPState in this optimizer state: give the state of an optimizer with cbp_jax.cbp "
+            "or cbp_jax.cbp_sgd in it, as its init or update returned it "
+            f"(got {type(opt_state).__name__})"
         )
     return states
 
@@ -213,29 +212,38 @@ def _unwrap_variables(tree: PyTree) -> PyTree:
 
 
 def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[ConstrainedLeaf]:
-    """Pairs the constrained parameters with their constraint, scale and multiplier, in the order of the parameters."""
+    """Pairs the constrained parameters, in their order, with constraint, scale and multiplier.
+
+    Raises:
+      ValueError: if two links constrain a leaf, or a state does not fit the parameters.
+    """
     weights = dict(flatten_with_paths(params))
     found: dict[Path, ConstrainedLeaf] = {}
     for state in find_states(opt_state):
         for leaf in pair_with_state(weights, state):
             if leaf.path in found:
                 raise ValueError(
-                    f"{path_string(leaf.path)!r} is constrained by two cbp links, {found[leaf.path].constraint.name!r} and "
-                    f"{leaf.constraint.name!r}: give the links masks that do not overlap"
+                    f"{path_string(leaf.path)!r} is constrained by two cbp links, "
+                    f"{found[leaf.path].constraint.name!r} and {leaf.constraint.name!r}: "
+                    "give the links masks that do not overlap"
                 )
             found[leaf.path] = leaf
     return [found[path] for path in weights if path in found]
 
 
 def state_paths(state: CBPState) -> list[tuple[Path, Constraint | optax.MaskedNode]]:
-    """All leaves that a state knows, with a `MaskedNode` for those it does not constrain."""
+    """Returns all leaves that a state knows, with a `MaskedNode` for unconstrained ones."""
     return flatten_with_paths(
         state.constraints, is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode)
     )
 
 
 def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[ConstrainedLeaf]:
-    """The leaves that a state constrains, in its order; ValueError names those that the parameters lack or that do not fit."""
+    """Returns the leaves that one state constrains, in its order.
+
+    Raises:
+      ValueError: if the parameters lack one of them or its shape differs.
+    """
     constrained = [
         (path, constraint)
         for path, constraint in state_paths(state)
@@ -244,9 +252,9 @@ def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[Constrain
     missing = [path_string(path) for path, _ in constrained if path not in weights]
     if missing:
         raise ValueError(
-            f"the parameters lack {len(missing)} of the {len(constrained)} leaves that the state constrains: "
-            f"{', '.join(missing[:5])}. "
-            f"They have {', '.join(map(path_string, list(weights)[:5])) or 'no leaves'}. "
+            f"the parameters lack {len(missing)} of the {len(constrained)} leaves that the state "
+            f"constrains: {', '.join(missing[:5])}. They have "
+            f"{', '.join(map(path_string, list(weights)[:5])) or 'no leaves'}. "
             "Give the tree (or a tree with the same paths) that the optimizer's init was given."
         )
     multipliers, scales = jax.tree.leaves(state.multipliers), jax.tree.leaves(state.weight_scale)
@@ -255,13 +263,14 @@ def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[Constrain
         weight = weights[path]
         if jnp.shape(weight) != multiplier.shape:
             raise ValueError(
-                f"{path_string(path)!r} has shape {jnp.shape(weight)}, but the state was made for {multiplier.shape}: "
-                "call the optimizer's init on these parameters"
+                f"{path_string(path)!r} has shape {jnp.shape(weight)}, but the state was made for "
+                f"{multiplier.shape}: call the optimizer's init on these parameters"
             )
         if scale.ndim not in (0, weight.ndim):
             raise ValueError(
-                f"the scale of {path_string(path)!r} has shape {scale.shape}, which does not fit weights of {weight.shape}: "
-                "a state made under jax.vmap is used under jax.vmap"
+                f"the scale of {path_string(path)!r} has shape {scale.shape}, which does not fit "
+                f"weights of shape {weight.shape}: a state made under jax.vmap must be used under "
+                "jax.vmap"
             )
         leaves.append(ConstrainedLeaf(path, weight, constraint, scale, multiplier))
     return leaves

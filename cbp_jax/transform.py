@@ -33,6 +33,7 @@ from cbp_jax.state import CBPState, ConstrainedLeaf, float_dtype, pair_with_stat
 ConstraintSpec = str | Constraint | Mapping[str, str | Constraint | None]
 GrowthFn = Callable[[jax.Array], ArrayLike]
 MaskSpec = PyTree | Callable[[PyTree], PyTree] | None
+Rules = list[tuple[re.Pattern[str], Constraint | None]]
 
 
 def cbp(
@@ -51,57 +52,54 @@ def cbp(
 ) -> optax.GradientTransformationExtraArgs:
     """Constrained backpropagation as a link of an optax chain: put it first.
 
-    Every call adds the gradient of the constraint to that of the loss, with the window `g` and a
-    multiplier for each weight:
+    Every call adds the constraint's gradient to that of the loss, with the window `g` and one
+    multiplier per weight:
 
         updates += multiplier * violation_grad(w, g)
 
-    At the start of an epoch, of `steps_per_epoch` calls, the last epoch's summed Lagrangian, `value
-    + sum(multiplier * violation)`, is compared with that of the one before. If it did not fall, or
-    after `patience` epochs, the window grows and the multipliers take one ascent step on the
-    violation. A `value` that is missing or not finite makes its epoch not comparable: the
-    comparison is skipped for that epoch and the next, patience still counts, and
-    `CBPState.skipped_values` counts such steps. An `update` that is called (or compiled) without
-    `value` warns, unless `patience` is 1, which compares nothing.
+    An epoch is `steps_per_epoch` calls. At its start the last epoch's summed Lagrangian,
+    `value + sum(multiplier * violation)`, is compared with that of the epoch before. If it did not
+    fall, or after `patience` epochs regardless, the window grows and the multipliers take one
+    ascent step on the violation. A `value` that is missing or not finite makes its epoch not
+    comparable: the comparison is skipped for that epoch and the next, patience still counts, and
+    `CBPState.skipped_values` counts such steps. Calling (or compiling) `update` without `value`
+    warns, unless `patience` is 1, which compares nothing.
 
     Args:
       constraint: "binary", "ternary", "one_bit_shift", "two_bit_shift", a `Constraint`, or a
-        mapping from patterns of paths (`re.fullmatch`) to those or None: the first match wins;
-        None, or no match, leaves the leaf unconstrained.
-      steps_per_epoch: calls of `update` that make an epoch of the schedule; under
-        `optax.MultiSteps`, emitted updates.
-      patience: epochs after which the window grows even while the Lagrangian falls.
-      multiplier_learning_rate: learning rate of Adam on the multipliers; not used when
+        mapping from path patterns (`re.fullmatch`) to those or None. The first match wins; leaves
+        that match nothing, or None, are unconstrained.
+      steps_per_epoch: calls of `update` per epoch; under `optax.MultiSteps`, emitted updates.
+      patience: epochs after which the window grows even if the Lagrangian still falls.
+      multiplier_learning_rate: learning rate of Adam on the multipliers; ignored if
         `multiplier_optimizer` is given.
-      multiplier_optimizer: a descending optax optimizer for the multipliers; it is given minus the
-        violation, and so ascends. None is `optax.adam(multiplier_learning_rate)`.
-        `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` keeps no moments: a violation of
-        3e-3, in the weights' unit, or more moves a multiplier by 1e-4.
+      multiplier_optimizer: a descending optax optimizer for the multipliers. Its gradient is minus
+        the violation, so that it ascends. None is `optax.adam(multiplier_learning_rate)`.
+        `optax.chain(optax.clip(3e-3), optax.sgd(1e-4 / 3e-3))` stores no moments: a violation of
+        3e-3 or more, in the unit of the weights, moves a multiplier by 1e-4.
       mask: which leaves to constrain: a tree of bools, a prefix of one, or a callable from
-        parameters to such a tree, as `cbp_jax.select` makes. None: floating leaves with at least
-        two axes, but no biases, scales, norm parameters, embeddings or position tables, recognized
-        by their paths. First and last layers should be left out.
-      scale_axis: axes to keep when scales are measured, one scale per index: -1 is per output
-        channel of Flax kernels. None: one scale a tensor.
+        parameters to either, such as `cbp_jax.select`. None: floating leaves with at least two
+        axes, except biases, scales, norm parameters, embeddings and position tables, recognized by
+        their paths. Exclude the first and last layers yourself.
+      scale_axis: axes to keep when scales are measured, one scale per index; -1 is per output
+        channel of Flax kernels. None: one scale per tensor.
       scale_fn: a function (w, kept axes) -> scale, shape () or with kept dimensions. None: the mean
         absolute value. Give it to `cbp_jax.refit_scales` too.
       initial_window: `g` at the start, at least 1; infinity constrains every weight from the first
         step.
-      window_growth: a function of `g`, a traced array, giving the next one: `lambda g: jnp.where(g
-        < 10, g + 1, 1.5 * g)`.
-        None: g + 1 below 10, g + 10 from there.
-      multiplier_dtype: dtype of the multipliers and their optimizer's moments. None:
+      window_growth: a function from `g`, a traced array, to the next one, such as
+        `lambda g: jnp.where(g < 10, g + 1, 1.5 * g)`. None: g + 1 below 10, then g + 10.
+      multiplier_dtype: dtype of the multipliers and of their optimizer's moments. None:
         `promote_types(w.dtype, float32)`.
 
     Returns:
-      A link whose `init(params)` measures the scales, so call it after the pre-trained weights are
-      in, and whose `update(updates, state, params, value=loss)` needs `params`. Its state is a
-      `CBPState`.
+      A link with a `CBPState`. `init(params)` measures the scales, so call it after loading the
+      pre-trained weights; `update(updates, state, params, value=loss)` needs `params`.
 
     Raises:
-      ValueError: if the constraint is unknown, or a number out of range. `init` raises it if a
-        pattern matches nothing or a leaf is zero throughout, `update` without `params` or with
-        others than the state was made for.
+      ValueError: if the constraint is unknown or a number out of range; from `init` if a pattern
+        matches nothing or a leaf is zero throughout; from `update` without `params`, or with
+        parameters that do not fit the state.
       TypeError: from `init`, if a leaf to be constrained is not floating.
 
     Example:
@@ -109,7 +107,8 @@ def cbp(
       >>> optimizer = optax.chain(cbp_jax.cbp(constraint="ternary"), optax.sgd(1e-3, momentum=0.9))
       >>> params = {"kernel": jnp.array([[0.5, -0.1], [0.3, 0.9]])}
       >>> state = optimizer.init(params)
-      >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p["kernel"] ** 2))(cbp_jax.quantize(params, state))
+      >>> loss_fn = lambda params: jnp.sum(params["kernel"] ** 2)
+      >>> loss, grads = jax.value_and_grad(loss_fn)(cbp_jax.quantize(params, state))
       >>> updates, state = optimizer.update(grads, state, params, value=loss)
       >>> params = optax.apply_updates(params, updates)
 
@@ -117,7 +116,7 @@ def cbp(
     `static_args=("constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn",
     "multiplier_optimizer", "window_growth", "multiplier_dtype")`. With
     `optax.tree_utils.tree_map_params`, multipliers and their moments are parameters;
-    `transform_non_params` is given `constraints` and `weight_scale` as whole trees.
+    `transform_non_params` gets `constraints` and `weight_scale` as whole trees.
 
     Reference: Kim and Jeong (2021), algorithm 1.
     """
@@ -134,44 +133,36 @@ def cbp(
     )
     grow = _default_growth if window_growth is None else window_growth
 
+    def init_trees(params: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """Constraints, multipliers and scales."""
+        if type(params).__name__ == "_ParamsPlaceholder":
+            return 0, params, 0  # optax's tree_map_params asks where copies of the parameters are
+        chosen = _assign_constraints(rules, mask, params)
+
+        def build(leaf_fn: Callable[[Path, PyTree], Any]) -> PyTree:
+            def build_leaf(keys: Any, node: PyTree) -> Any:
+                path = as_path(keys)
+                return leaf_fn(path, node) if path in chosen else optax.MaskedNode()
+
+            return jax.tree_util.tree_map_with_path(build_leaf, params, is_leaf=is_variable)
+
+        def zeros(w: jax.Array) -> jax.Array:
+            dtype = multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)
+            return _zeros_sharded_like(w, dtype)
+
+        constraints = build(lambda path, node: chosen[path])
+        # A multiplier stays inside its NNX variable, which annotates the sharding.
+        multipliers = build(lambda path, node: jax.tree.map(zeros, node))
+        scales = build(
+            lambda path, node: measure_scale(path, jax.tree.leaves(node)[0], kept_axes, scale_fn)
+        )
+        for path, leaf in flatten_with_paths(params):
+            if path in chosen:
+                warn_if_quantized(path, leaf, chosen[path], kept_axes)
+        return constraints, multipliers, scales
+
     def init_fn(params: PyTree) -> CBPState:
-        if (
-            type(params).__name__ == "_ParamsPlaceholder"
-        ):  # optax's tree_map_params asks where copies of the parameters are
-            constraints, multipliers, scales = 0, params, 0
-        else:
-            chosen = _assign_constraints(rules, mask, params)
-
-            def build(leaf_fn: Callable[[Path, PyTree], Any]) -> PyTree:
-                def build_leaf(keys: Any, node: PyTree) -> Any:
-                    return (
-                        leaf_fn(as_path(keys), node)
-                        if as_path(keys) in chosen
-                        else optax.MaskedNode()
-                    )
-
-                return jax.tree_util.tree_map_with_path(build_leaf, params, is_leaf=is_variable)
-
-            def zeros(
-                path: Path, node: PyTree
-            ) -> PyTree:  # inside an NNX variable, if it is one, which annotates the sharding
-                return jax.tree.map(
-                    lambda w: _zeros_sharded_like(
-                        w, multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)
-                    ),
-                    node,
-                )
-
-            constraints = build(lambda path, node: chosen[path])
-            multipliers = build(zeros)
-            scales = build(
-                lambda path, node: measure_scale(
-                    path, jax.tree.leaves(node)[0], kept_axes, scale_fn
-                )
-            )
-            for path, leaf in flatten_with_paths(params):
-                if path in chosen:
-                    warn_if_quantized(path, leaf, chosen[path], kept_axes)
+        constraints, multipliers, scales = init_trees(params)
         return CBPState(
             count=jnp.zeros((), jnp.int32),
             step_in_epoch=jnp.zeros((), jnp.int32),
@@ -200,17 +191,17 @@ def cbp(
         leaves = _pair_all(params, state)
         if value is None and not (isinstance(patience, int) and patience == 1):
             warnings.warn(
-                "cbp's update got no value: the Lagrangian cannot be judged, so the window grows by patience alone. Call "
-                "optimizer.update(grads, state, params, value=loss); Flax's TrainState.apply_gradients does not pass it on",
+                "cbp's update got no value: without the Lagrangian the window grows by patience "
+                "alone. Call optimizer.update(grads, state, params, value=loss); Flax's "
+                "TrainState.apply_gradients does not pass it on",
                 stacklevel=2,
             )
         state = _start_of_epoch(state, leaves, ascent, grow, patience)
 
         grads = dict(flatten_with_paths(updates))
-        multipliers = jax.tree.leaves(state.multipliers)
         leaves = [
             leaf._replace(multiplier=multiplier)
-            for leaf, multiplier in zip(leaves, multipliers, strict=True)
+            for leaf, multiplier in zip(leaves, jax.tree.leaves(state.multipliers), strict=True)
         ]
         total, window = (
             (None, state.window) if value is None else constraint_sum(leaves, state.window)
@@ -219,11 +210,11 @@ def cbp(
             grad = grads.get(path)
             if grad is None:
                 raise ValueError(
-                    f"the updates lack {path_string(path)!r}, which is constrained: give all gradients"
+                    f"the updates lack {path_string(path)!r}, which is constrained: "
+                    "give the gradients of all parameters"
                 )
-            grads[path] = (grad + multiplier * rule.violation_grad(w, scale, window)).astype(
-                grad.dtype
-            )
+            constraint_grad = multiplier * rule.violation_grad(w, scale, window)
+            grads[path] = (grad + constraint_grad).astype(grad.dtype)
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
         return updates, _end_of_step(state, value, total, steps_per_epoch)
 
@@ -237,7 +228,10 @@ def _start_of_epoch(
     grow: GrowthFn,
     patience: ArrayLike,
 ) -> CBPState:
-    """Judges the epoch that has just ended, on the weights after its last step; moves the window and the multipliers."""
+    """If an epoch has just ended, judges it, on the weights after its last step.
+
+    Grows the window and updates the multipliers if it is time to.
+    """
     ended = (state.step_in_epoch == 0) & state.started
     used = state.patience_used + ended
     comparable = (state.lagrangian_sum > -jnp.inf) & (state.previous_sum > -jnp.inf)
@@ -246,9 +240,9 @@ def _start_of_epoch(
     window = jnp.where(grows, jnp.asarray(grow(state.window), state.window.dtype), state.window)
 
     def ascend(
-        due: tuple[jax.Array, PyTree, optax.OptState],
+        carry: tuple[jax.Array, PyTree, optax.OptState],
     ) -> tuple[jax.Array, PyTree, optax.OptState]:
-        _, multipliers, opt_state = due
+        _, multipliers, opt_state = carry
         old, treedef = jax.tree.leaves(multipliers), jax.tree.structure(multipliers)
         descent = [
             (-leaf.constraint.violation(leaf.weight, leaf.scale, window)).astype(multiplier.dtype)
@@ -257,17 +251,15 @@ def _start_of_epoch(
         steps, new_opt_state = ascent.update(
             jax.tree.unflatten(treedef, descent), opt_state, multipliers
         )
-        new = _cast_like(
-            (optax.apply_updates(multipliers, steps), new_opt_state), (multipliers, opt_state)
-        )
-        return jnp.zeros_like(grows), *new
+        new = (optax.apply_updates(multipliers, steps), new_opt_state)
+        return jnp.zeros_like(grows), *_cast_like(new, (multipliers, opt_state))
 
-    # A loop of one turn or none: on a GPU some versions of XLA copy all that goes through a
-    # conditional, in every step.
-    moves = grows | ~state.started
-    due = (moves, state.multipliers, state.multiplier_opt_state)
+    # A loop of at most one turn: on a GPU some versions of XLA copy, in every step, everything that
+    # goes through a conditional.
+    ascends = grows | ~state.started
+    carry = (ascends, state.multipliers, state.multiplier_opt_state)
     with jax.named_scope("move_multipliers"):
-        _, multipliers, opt_state = jax.lax.while_loop(lambda due: due[0], ascend, due)
+        _, multipliers, opt_state = jax.lax.while_loop(lambda carry: carry[0], ascend, carry)
     previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
     return state._replace(
         started=jnp.ones((), bool),
@@ -277,16 +269,14 @@ def _start_of_epoch(
         lagrangian_sum=jnp.where(ended, 0, state.lagrangian_sum),
         previous_sum=jnp.where(grows, jnp.inf, previous_sum),
         patience_used=jnp.where(grows, 0, used),
-        multiplier_updates=jnp.where(
-            moves, optax.safe_increment(state.multiplier_updates), state.multiplier_updates
-        ),
+        multiplier_updates=_increment_where(ascends, state.multiplier_updates),
     )
 
 
 def _end_of_step(
     state: CBPState, value: ArrayLike | None, total: jax.Array | None, steps_per_epoch: ArrayLike
 ) -> CBPState:
-    """Adds the step's Lagrangian, the loss plus the constraint's total, to the epoch's, and counts."""
+    """Adds this step's Lagrangian, the loss plus the constraint's total, to the epoch's sum."""
     if value is None or total is None:  # they come together
         total = jnp.array(-jnp.inf, float_dtype())
     elif jnp.shape(value) != ():
@@ -298,15 +288,18 @@ def _end_of_step(
     return state._replace(
         count=optax.safe_increment(state.count),
         step_in_epoch=jnp.where(position >= steps_per_epoch, 0, position),
-        # Once -inf, an epoch stays there; _start_of_epoch does not compare it.
+        # Once -inf, the sum stays so until the epoch ends, and _start_of_epoch does not compare it.
         lagrangian_sum=state.lagrangian_sum + jnp.where(usable, total, -jnp.inf),
-        skipped_values=jnp.where(
-            usable, state.skipped_values, optax.safe_increment(state.skipped_values)
-        ),
+        skipped_values=_increment_where(~usable, state.skipped_values),
     )
 
 
+def _increment_where(condition: jax.Array, count: jax.Array) -> jax.Array:
+    return jnp.where(condition, optax.safe_increment(count), count)
+
+
 def _pair_all(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
+    """Pairs parameters with the state; raises ValueError if it does not know one of them."""
     if params is None:
         raise ValueError(
             "cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)"
@@ -327,9 +320,9 @@ def _default_growth(window: jax.Array) -> jax.Array:
 
 
 def _check_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    axes = (
-        () if scale_axis is None else scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
-    )
+    if scale_axis is None:
+        return ()
+    axes = scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
         raise ValueError(
             f"scale_axis must be an integer, a tuple of them or None, got {scale_axis!r}"
@@ -338,68 +331,71 @@ def _check_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def _check_count(name: str, number: Any) -> Any:
-    """Checks Python and numpy numbers, since under `inject_hyperparams` it may be an array; too large for int32 is never."""
-    if isinstance(number, jax.Array):
+    """Checks a Python or numpy number; values above int32 are clamped (never reached)."""
+    if isinstance(number, jax.Array):  # under `inject_hyperparams`
         return number
-    if not isinstance(number, int | float | np.number):
+    if not isinstance(number, int | float | np.number) or not (
+        1 <= number < math.inf and number == math.floor(number)
+    ):
         raise ValueError(
             f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})"
         )
-    if not (1 <= number < math.inf and number == math.floor(number)):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
     return min(int(number), 2**31 - 1)
 
 
-def _compile_rules(
-    constraint: ConstraintSpec,
-) -> list[tuple[re.Pattern[str], Constraint | None]]:
+def _compile_rules(constraint: ConstraintSpec) -> Rules:
     if not isinstance(constraint, Mapping):
         constraint = {r"[\s\S]*": constraint}
     if not constraint:
         raise ValueError(
-            "the mapping of patterns to constraints is empty: give at least one pattern, or a single constraint"
+            "the mapping of patterns to constraints is empty: "
+            "give at least one pattern, or a single constraint"
         )
     resolved = [None if rule is None else get_constraint(rule) for rule in constraint.values()]
     return list(zip(compile_patterns(constraint), resolved, strict=True))
 
 
-def _assign_constraints(
-    rules: list[tuple[re.Pattern[str], Constraint | None]], mask: MaskSpec, params: PyTree
-) -> dict[Path, Constraint]:
-    """The constraint of each leaf that has one: masked in, and given one by the first pattern that matches it."""
+def _assign_constraints(rules: Rules, mask: MaskSpec, params: PyTree) -> dict[Path, Constraint]:
+    """Returns the constraint of each constrained leaf: that of the first rule that matches it."""
     leaves = flatten_with_paths(params)
     flags = resolve_mask(mask, params)
     candidates = {path: leaf for (path, leaf), flag in zip(leaves, flags, strict=True) if flag}
     if candidates:
-        check_patterns(
-            [pattern for pattern, _ in rules], [path_string(path) for path in candidates]
-        )
+        names = [path_string(path) for path in candidates]
+        check_patterns([pattern for pattern, _ in rules], names)
     elif leaves and mask is None:
         warnings.warn(
-            "cbp constrains nothing: no parameter is floating with at least two axes, but those named as biases, scales, norm "
-            "parameters, embeddings or positions; name leaves with mask=cbp_jax.select(include=...)",
-            stacklevel=3,
+            "cbp constrains nothing: no parameter is floating with at least two axes, except those "
+            "named as biases, scales, norm parameters, embeddings or positions; name leaves with "
+            "mask=cbp_jax.select(include=...)",
+            stacklevel=4,
         )
     chosen = {}
     for path, leaf in candidates.items():
-        rule = next((rule for pattern, rule in rules if pattern.fullmatch(path_string(path))), None)
-        if rule is not None:
-            _check_floating(path, leaf)
-            chosen[path] = rule
+        name = path_string(path)
+        rule = next((rule for pattern, rule in rules if pattern.fullmatch(name)), None)
+        if rule is None:
+            continue
+        if not is_floating(leaf):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"{name!r} cannot be constrained: it is {kind}, and only floating-point arrays can "
+                "be; leave it out of the mask"
+            )
+        chosen[path] = rule
     return chosen
 
 
 def _zeros_sharded_like(w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Zeros sharded like `w`."""
     if isinstance(w, jax.core.Tracer):
-        # Under jit plain zeros depend on nothing, so nothing says where they go. These depend on w,
-        # as far as XLA can tell.
+        # Under jit plain zeros depend on nothing that has a sharding. These depend on w, as far as
+        # XLA can tell.
         return (jnp.abs(w) < -1).astype(dtype)
     return jnp.zeros_like(w, dtype=dtype)
 
 
 def _shard_like(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptState:
-    """The optimizer state with every array of a multiplier's shape at a multiplier's path sharded like it, under `jit` too."""
+    """Under `jit`, shards each array with a multiplier's path and shape like that multiplier."""
     by_path = dict(flatten_with_paths(multipliers))
 
     def align(path: Path, leaf: Any) -> Any:
@@ -414,15 +410,5 @@ def _shard_like(opt_state: optax.OptState, multipliers: PyTree) -> optax.OptStat
 
 
 def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """The leaves in the dtypes of others, as `lax.cond` needs its branches to agree."""
+    """Casts the leaves to the dtypes of others, as a loop needs its carry to keep its dtypes."""
     return jax.tree.map(lambda leaf, model: jnp.asarray(leaf, jnp.asarray(model).dtype), tree, like)
-
-
-def _check_floating(path: Path, leaf: Any) -> None:
-    """Refuses to constrain a leaf that is not a floating array."""
-    if not is_floating(leaf):
-        kind = getattr(leaf, "dtype", type(leaf).__name__)
-        raise TypeError(
-            f"{path_string(path)!r} cannot be constrained: it is {kind}, and only floating-point arrays can be; "
-            "leave it out of the mask"
-        )

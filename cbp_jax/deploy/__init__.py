@@ -1,1 +1,1 @@
-"""What is deployed: packed weights, their file, inference with them, and ONNX."""
+"""Deployment: packed weights, their file, inference from them, and ONNX."""

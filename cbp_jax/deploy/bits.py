@@ -1,13 +1,12 @@
-"""Codes of a few bits in a string of bytes.
+"""Codes of a few bits, packed into bytes.
 
-Code `i` is bits `i * bits` to `(i + 1) * bits - 1` of the string, and bit `j` of the string is bit
-`j % 8` of byte `j // 8`, the least significant being 0. Bits that are left over in the last byte
-are 0. With three bits a code:
+Code `i` is bits `i * bits` to `(i + 1) * bits - 1` of a string of bits, whose bit `j` is bit
+`j % 8` of byte `j // 8`, the least significant being 0. Each code starts with its least significant
+bit, and the unused bits of the last byte are 0. With three bits per code:
 
     byte 0                    byte 1
     bit 0 1 2 3 4 5 6 7       bit 0 1 2 3 4 5 6 7
-        a a a b b b c c           c d d d e e e f         of each code the least significant bit
-        comes first
+        a a a b b b c c           c d d d e e e f
 """
 
 import math
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 
 def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes below `2**bits`, shape=(n,), as a string of bits, shape=(ceil(n * bits / 8),), dtype=uint8."""
+    """Packs codes below `2**bits`, shape=(n,), into uint8, shape=(ceil(n * bits / 8),)."""
     group, width = _codes_per_bytes(bits)
     padded = jnp.pad(codes.astype(jnp.uint32), (0, -codes.size % group)).reshape(-1, group)
     columns = []
@@ -32,7 +31,7 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, bits: int, size: int) -> jax.Array:
-    """The first `size` codes of a string of bits, shape=(size,), in the smallest unsigned dtype."""
+    """Unpacks the first `size` codes, shape=(size,), into the smallest unsigned dtype."""
     group, width = _codes_per_bytes(bits)
     dtype = jnp.uint8 if bits <= 8 else jnp.uint16 if bits <= 16 else jnp.uint32
     needed = -(-size // group) * width
@@ -50,6 +49,6 @@ def unpack_bits(packed: jax.Array, bits: int, size: int) -> jax.Array:
 
 
 def _codes_per_bytes(bits: int) -> tuple[int, int]:
-    """The smallest number of codes that fill whole bytes, and how many bytes."""
+    """The smallest number of codes that fills whole bytes, and the number of bytes."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common

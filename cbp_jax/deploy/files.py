@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all."""
+"""Atomic replacement of files."""
 
 import os
 import tempfile
@@ -9,27 +9,26 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a new file to, which takes the place of `path` when all went well.
+    """Yields the path of a new, empty file that atomically replaces `path` on success.
+
+    After an error in the block, or a crash, `path` is unchanged.
 
     Args:
-      path: of the file to write; an error in the block, or a crash, leaves what is there as it is.
-
-    Yields:
-      The path of an empty file in the same file system.
+      path: the file to write; the new file is in the same file system.
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / path.name
         new.touch()
         mode = new.stat().st_mode
         yield new
-        new.chmod(mode)  # of any new file: safetensors lets nobody else read its own
-        _sync(new)  # the data first: else a crash could leave the new name with nothing behind it
+        new.chmod(mode)  # the usual mode: safetensors lets nobody else read its files
+        _sync(new)  # the data before the name, or a crash could leave an empty file
         new.replace(path)
     _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Running a network from packed weights, in two ways: expanded when they are loaded, or kept packed in memory."""
+"""Runs a network from packed weights, expanded when they are loaded or kept packed in memory."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,30 +19,30 @@ def make_predict(
     weights: Literal["expand", "packed"] = "expand",
     dtype: DTypeLike | None = None,
 ) -> Partial:
-    """A jitted `predict(*inputs)` from packed weights.
+    """Returns a jitted `predict(*inputs)` that uses packed weights.
 
-    The two ways differ in what stays in memory, not in what comes out:
+    The two ways differ in what stays in memory, not in the outputs:
 
-    - "expand": the weights are unpacked now. Speed and memory of an ordinary network.
-    - "packed": codes and scales stay, and weights are unpacked inside the jitted function, where
-      they are used, at every call. Slower, as no backend of JAX multiplies by codes. It saves
-      memory where the compiler does not unpack all layers at once. XLA's CPU backend does unless
-      its scheduler minds memory, so here it is told to; `XLA_FLAGS` with
-      `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED` does it for a whole program,
-      such as one that calls an exported function. A `jax.lax.scan` over stacked layers unpacks one
-      at a time everywhere.
+    - "expand": the weights are unpacked now. Speed and memory are those of an ordinary network.
+    - "packed": codes and scales stay in memory, and the jitted function unpacks weights where they
+      are used, at every call. It is slower, since no backend of JAX multiplies by codes, and saves
+      memory only if the compiler does not unpack all layers at once. XLA's CPU backend does so
+      unless the memory-optimized scheduler is set, as here; for a whole program, such as one that
+      calls an exported function, set `XLA_FLAGS` to
+      `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`. A `jax.lax.scan` over stacked
+      layers unpacks one layer at a time on every backend.
 
     Args:
       model_fn: `model_fn(params, *inputs)`, with params like the template.
-      packed: of `pack` or `load_packed`.
-      template: as `unpack` takes it.
+      packed: the result of `pack` or `load_packed`.
+      template: as in `unpack`.
       weights: "expand" or "packed".
-      dtype: of the constrained weights in the computation; None for the one they had.
+      dtype: dtype of the constrained weights in the computation; None keeps their own.
 
     Returns:
-      A `jax.tree_util.Partial`: a function of the inputs, whose `args[0]` are the weights on the
-      device, which `func`, the jitted function, takes as its first argument. So
-      `predict.func.lower(*predict.args, x).compile().memory_analysis()` says what memory it needs,
+      A `jax.tree_util.Partial`: a function of the inputs. Its `func` is the jitted function, whose
+      first argument is `args[0]`, the weights on the device. So
+      `predict.func.lower(*predict.args, x).compile().memory_analysis()` gives the memory it needs,
       and `jax.export.export(predict.func)(*predict.args, x)` exports it without weights, to be
       called with a `Packed` and `x`.
 
@@ -54,7 +54,8 @@ def make_predict(
       >>> import jax.numpy as jnp, cbp_jax
       >>> params = {"kernel": jnp.array([[-0.5, 0.5], [0.5, 0.5]])}
       >>> packed = cbp_jax.pack(params, cbp_jax.cbp(constraint="binary").init(params))
-      >>> predict = cbp_jax.make_predict(lambda params, x: x @ params["kernel"], packed, weights="packed")
+      >>> model_fn = lambda params, x: x @ params["kernel"]
+      >>> predict = cbp_jax.make_predict(model_fn, packed, weights="packed")
       >>> print(predict(jnp.ones((1, 2))))
       [[0. 1.]]
     """
@@ -67,9 +68,8 @@ def make_predict(
         return Partial(jax.jit(predict_from_arrays), arrays)
     if weights != "packed":
         raise ValueError(f"weights={weights!r} is neither 'expand' nor 'packed'")
-    jax.eval_shape(
-        lambda packed: _partition(unpack(packed, template, dtype=dtype))[0], packed
-    )  # fail early on a mismatch
+    # Fail early on a mismatch.
+    jax.eval_shape(lambda packed: _partition(unpack(packed, template, dtype=dtype))[0], packed)
     options = (
         {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
         if jax.default_backend() == "cpu"
@@ -83,7 +83,7 @@ def make_predict(
 
 
 def _partition(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """The arrays of a tree, and its other leaves, which no jitted function takes; None stands where the other part has a leaf."""
+    """Splits a tree into its arrays, which jit accepts, and its other leaves; gaps are None."""
     arrays = jax.tree.map(lambda leaf: leaf if is_array_like(leaf) else None, tree)
     return arrays, jax.tree.map(lambda leaf: None if is_array_like(leaf) else leaf, tree)
 

@@ -1,4 +1,4 @@
-"""Export to ONNX, with the constrained weights as packed integers."""
+"""Exports a network to ONNX, with its constrained weights as packed integers."""
 
 import os
 import sys
@@ -22,16 +22,15 @@ from cbp_jax.state import constrained_leaves, quantize
 if TYPE_CHECKING:  # an optional dependency, and slow to load
     import onnx
 
-# The oldest version of the operators, and of the file format, that has the type.
+# For each type the oldest version of the operators, and of the file format, that supports it.
 _OPSETS = {FLOAT: (21, 10), "int4": (21, 10), "int2": (25, 13)}
-# Two correct computations in float32 differ by less than this share of the largest output.
+# Correct float32 computations differ by less than this share of the largest output.
 _TOLERANCE = 1e-4
-# ONNX Runtime's names for the options of the file beside an optimized model.
+# The prefix of ONNX Runtime's options for storing an optimized model's weights in a second file.
 _EXTERNAL = "session.optimized_model_external_initializers"
 
-Forward = Callable[
-    [dict[Path, Any], Sequence[Any]], list[jax.Array]
-]  # parameters by path, inputs -> outputs
+# Parameters by path, inputs -> outputs.
+Forward = Callable[[dict[Path, Any], Sequence[Any]], list[jax.Array]]
 
 
 def export_onnx(
@@ -42,55 +41,53 @@ def export_onnx(
     path: str | os.PathLike[str],
     weight_type: str = "int4",
 ) -> float:
-    """Writes the network, with its constrained weights on their levels, as an ONNX file.
+    """Exports the network, with its constrained weights on their levels, as an ONNX file.
 
-    A constrained weight is `integer * scale`: packed integers of 4 or 2 bits named by the path of
-    the parameter, and a float32 scale, or one per channel, named so with ":scale" behind. A matrix
-    to multiply by has a scale for each column; if several products take it, it is there several
-    times. The other parameters are float32. In the file the weights of convolutions have ONNX's
-    order of axes. Inputs are called "input" and outputs "output" ("input_0", "input_1" ... if there
-    are several); the leading axis of the inputs may have any size.
+    A constrained weight is `integer * scale`: packed 4-bit or 2-bit integers, named by the path of
+    the parameter, and a float32 scale, or one per channel, with ":scale" appended to the name. The
+    matrix of a product has one scale per column, and is stored once per product that uses it. Other
+    parameters are float32. The weights of convolutions have ONNX's order of axes. Inputs are called
+    "input" and outputs "output" ("input_0", "input_1" ... if there are several); the leading axis
+    of the inputs may have any size.
 
-    ONNX Runtime keeps the integers packed in memory to multiply matrices, and everything else it
-    unpacks when it loads the file. What follows a product is written so that it does
-    (`onnx_fusion.py`); where it still would not, a warning names the layer, and its weights are
-    unpacked when the file is loaded. By default ONNX Runtime also rounds what is multiplied by
-    packed integers to 8 bits, which costs about 5e-3 of accuracy; the session option
-    "session.qdq_matmulnbits_accuracy_level" = "1" keeps it in float32.
+    ONNX Runtime multiplies matrices with packed integers and unpacks other weights when it loads
+    the file. What follows a product is written so that this works (`onnx_fusion.py`); where it does
+    not, a warning names the layer, and its weights are unpacked on loading too. By default ONNX
+    Runtime also rounds the activations of such a product to 8 bits, a relative error of about 5e-3;
+    the session option "session.qdq_matmulnbits_accuracy_level" = "1" keeps them in float32.
 
-    The file is written only after ONNX Runtime, in float32, has computed the same outputs from it
-    as JAX does.
+    The file is written only if ONNX Runtime, in float32, computes the same outputs as JAX.
 
     Args:
       model: a function `model(params, inputs) -> outputs`, or a Flax NNX module, which is run in
         evaluation mode and not changed. Several inputs are several arguments; outputs may be any
         tree of arrays, in the order of `jax.tree.leaves`.
-      params: the latent weights, float32, which are put on their levels as `quantize` does; for a
+      params: the latent weights, float32, which are put on their levels as by `quantize`; for a
         module, all its `nnx.Param`s, as a state or as a pure dictionary.
       opt_state: any optimizer state with one or more `CBPState`s in it.
       example_input: an array, or a tuple of them, with a leading batch axis. Give a few real
-        inputs: the outputs are compared on them.
-      path: of the file to write.
+        inputs, since the outputs are compared on them.
+      path: the file to write.
       weight_type: "int4"; "int2", which holds binary and ternary levels and needs ONNX Runtime
         1.32; or "float".
 
     Returns:
-      The largest difference of an output from JAX's, as a share of the largest absolute value of
-      that output.
+      The largest difference from JAX's outputs, relative to the largest absolute value of the
+      output.
 
     Raises:
-      ImportError: if jax2onnx, onnx or onnxruntime are not installed.
+      ImportError: if jax2onnx, onnx or onnxruntime is not installed.
       ValueError: as `quantize` does; if the levels of a layer do not fit the type, or a constrained
-        weight is not float32; if the file would not compute what JAX does. A file at `path` then
-        stays as it is.
+        weight is not float32; if the file would not compute what JAX does. An existing file is then
+        unchanged.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
       >>> params = {"kernel": jnp.array([[-0.75, 0.25], [0.5, 0.5]])}
       >>> state = cbp_jax.cbp(constraint="binary").init(params)
       >>> model = lambda params, x: x @ params["kernel"]
-      >>> difference = cbp_jax.export_onnx(model, params, state, jnp.ones((1, 2)), "model.onnx")  # doctest: +SKIP
-      >>> difference < 1e-5  # doctest: +SKIP
+      >>> x = jnp.ones((1, 2))
+      >>> cbp_jax.export_onnx(model, params, state, x, "model.onnx") < 1e-5  # doctest: +SKIP
       True
 
     Reference: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
@@ -106,12 +103,10 @@ def export_onnx(
     constrained = constrained_leaves(params, opt_state)
     weights = {f"weight:{i}": graph_weight(leaf, weight_type) for i, leaf in enumerate(constrained)}
 
-    # Another number of examples than the given one, to see that any number will do.
+    # A second batch size, to check that any size works.
     batches = [inputs, [x[:1] if len(x) > 1 else jnp.concatenate([x, x]) for x in inputs]]
     on_levels = dict(flatten_with_paths(quantize(params, opt_state)))
-    with jax.default_matmul_precision(
-        "highest"
-    ):  # accelerators may compute float32 products with less
+    with jax.default_matmul_precision("highest"):  # accelerators default to a lower one
         expected = [jax.jit(forward)(on_levels, batch) for batch in batches]
 
     def traced(*arrays: jax.Array) -> Any:
@@ -121,16 +116,12 @@ def export_onnx(
 
     opset, ir_version = _OPSETS[weight_type]
     input_names = _numbered_names("input", len(inputs))
+    shapes = [jax.ShapeDtypeStruct(("batch", *x.shape[1:]), x.dtype) for x in inputs]
+    shapes += [jax.ShapeDtypeStruct(jnp.shape(w), w.dtype) for _, w, *_ in constrained]
     try:
         converted: onnx.ModelProto = to_onnx(
             traced,
-            inputs=[
-                *(jax.ShapeDtypeStruct(("batch", *x.shape[1:]), x.dtype) for x in inputs),
-                *(
-                    jax.ShapeDtypeStruct(leaf.weight.shape, leaf.weight.dtype)
-                    for leaf in constrained
-                ),
-            ],
+            inputs=shapes,
             input_names=[*input_names, *weights],
             output_names=_numbered_names("output", len(expected[0])),
             opset=opset,
@@ -150,9 +141,11 @@ def export_onnx(
         unpack_when_loaded(converted.graph, slow)
         difference, _ = _compare_with_runtime(converted, named, expected, slow)
         warnings.warn(
-            f"ONNX Runtime does not multiply by the packed integers of {', '.join(map(repr, slow))}: it would unpack them at every "
-            "call, slower than float32, so the file has it unpack them when it loads them. These layers are as fast, and as large "
-            "in memory, as in float32. Known causes: a factor of 1, a transposed input, few columns",
+            f"ONNX Runtime does not multiply by the packed integers of "
+            f"{', '.join(map(repr, slow))}: it would unpack them at every call, slower than "
+            "float32, so the file makes it unpack them when it loads them. These layers are as "
+            "fast, and as large in memory, as in float32. Known causes: a factor of 1, a "
+            "transposed input, few columns",
             stacklevel=2,
         )
     with replacing(FilePath(path)) as new:
@@ -173,22 +166,20 @@ def _import_to_onnx() -> Callable[..., Any]:
 
 
 def _check_inputs(example_input: Any) -> list[jax.Array]:
-    inputs = [
-        jnp.asarray(x)
-        for x in (example_input if isinstance(example_input, tuple) else (example_input,))
-    ]
+    given = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = [jnp.asarray(x) for x in given]
     sizes = [x.shape[:1] for x in inputs]
     if not inputs or len(set(sizes)) > 1 or sizes[0] in ((), (0,)):
         raise ValueError(
-            "example_input needs a leading batch axis, of one size for all its arrays, and not empty; "
-            f"got {[x.shape for x in inputs]}"
+            "example_input needs a leading batch axis, not empty and of the same size for all its "
+            f"arrays; got shapes {[x.shape for x in inputs]}"
         )
     return inputs
 
 
 def _as_function_of_paths(model: Any, params: PyTree) -> Forward:
-    """The model as a function of parameters by path, and of the inputs; with a list of outputs."""
-    nnx = sys.modules.get("flax.nnx")  # as long as nobody has imported it, the model is no module
+    """Returns the model as a function of parameters by path and inputs, with a list of outputs."""
+    nnx = sys.modules.get("flax.nnx")  # if it is not imported, the model is not a module
     if nnx is not None and isinstance(model, nnx.Module):
         copy = nnx.clone(model)
         copy.eval()
@@ -200,21 +191,18 @@ def _as_function_of_paths(model: Any, params: PyTree) -> Forward:
         _check_same_paths(template, params)
     else:
         template, apply = params, model
-    paths, structure = (
-        [path for path, _ in flatten_with_paths(template)],
-        jax.tree.structure(template),
-    )
+    paths = [path for path, _ in flatten_with_paths(template)]
+    structure = jax.tree.structure(template)
 
     def forward(leaves: dict[Path, Any], inputs: Sequence[Any]) -> list[jax.Array]:
-        return jax.tree.leaves(
-            apply(jax.tree.unflatten(structure, [leaves[path] for path in paths]), *inputs)
-        )
+        tree = jax.tree.unflatten(structure, [leaves[path] for path in paths])
+        return jax.tree.leaves(apply(tree, *inputs))
 
     return forward
 
 
 def _check_same_paths(template: PyTree, params: PyTree) -> None:
-    """Refuses parameters that are not those of the module."""
+    """Raises ValueError if the parameters are not those of the module."""
     shapes, given = (
         {path: jnp.shape(leaf) for path, leaf in flatten_with_paths(tree)}
         for tree in (template, params)
@@ -224,8 +212,9 @@ def _check_same_paths(template: PyTree, params: PyTree) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the parameters are not those of the module: {', '.join(wrong[:5])} are missing, too many, or of another shape. "
-            "Give nnx.state(model, nnx.Param), or its pure dictionary, as it was trained."
+            f"the parameters are not those of the module: {', '.join(wrong[:5])} are missing, "
+            "unknown, or of another shape. Give the trained nnx.state(model, nnx.Param), or its "
+            "pure dictionary."
         )
 
 
@@ -239,26 +228,27 @@ def _compare_with_runtime(
     expected: Sequence[Sequence[jax.Array]],
     weights: Sequence[str],
 ) -> tuple[float, list[str]]:
-    """How far ONNX Runtime's outputs are from the expected ones, and the weights that it unpacks at
-    every call.
+    """Runs the model in ONNX Runtime and compares its outputs.
+
+    Returns:
+      The largest relative difference, and the weights that are unpacked at every call.
 
     Raises:
-      ValueError: if they are too far, or it does not run.
+      ValueError: if the difference is too large, or the model does not run.
     """
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = 3  # it warns that an optimized model is for this machine
+    options.log_severity_level = 3  # no warning that the optimized model is for this machine only
     try:
         onnx.checker.check_model(model, full_check=True)
         with tempfile.TemporaryDirectory() as folder:
             optimized = FilePath(folder) / "optimized.onnx"
             options.optimized_model_filepath = str(optimized)
-            options.add_session_config_entry(
-                f"{_EXTERNAL}_file_name", "weights"
-            )  # unpacked, they may have more than 2 GB
+            # A second file, since unpacked weights may exceed the limit of 2 GB.
+            options.add_session_config_entry(f"{_EXTERNAL}_file_name", "weights")
             options.add_session_config_entry(f"{_EXTERNAL}_min_size_in_bytes", "1024")
             session = onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -268,35 +258,37 @@ def _compare_with_runtime(
             session.run(None, {name: np.asarray(x) for name, x in batch.items()})
             for batch in batches
         ]
-    except Exception as error:  # each library has errors of its own
+    except Exception as error:  # each library has its own errors
         raise ValueError(
-            f"jax2onnx converted the model to one that ONNX Runtime {onnxruntime.__version__} does not run: {error}"
+            "jax2onnx converted the model to one that ONNX Runtime "
+            f"{onnxruntime.__version__} does not run: {error}"
         ) from error
-    pairs = [
-        pair
-        for got, wanted in zip(outputs, expected, strict=True)
-        for pair in zip(got, wanted, strict=True)
-    ]
-    difference = max(_relative_difference(got, np.asarray(wanted)) for got, wanted in pairs)
+    difference = max(
+        _relative_difference(got, np.asarray(wanted))
+        for batch, expected_batch in zip(outputs, expected, strict=True)
+        for got, wanted in zip(batch, expected_batch, strict=True)
+    )
     if not difference <= _TOLERANCE:
         raise ValueError(
-            f"the outputs of the ONNX model differ from JAX's by {difference:.2g} of the largest, more than {_TOLERANCE:g}: "
-            "jax2onnx converts some operation wrongly. Known is flax's max_pool, whose padding it drops: pad with jnp.pad and "
-            'pool with padding="VALID". Nothing was written.'
+            f"the outputs of the ONNX model differ from JAX's by {difference:.2g} of the largest, "
+            f"more than {_TOLERANCE:g}: jax2onnx converts some operation wrongly. A known case is "
+            "flax's max_pool, whose padding it drops: pad with jnp.pad and pool with "
+            'padding="VALID". Nothing was written.'
         )
     return difference, slow
 
 
 def _relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest difference as a share of the largest finite value; infinite if shapes differ, or what is not finite."""
+    """The largest difference, relative to the largest finite value.
+
+    It is infinite if shapes or non-finite values differ.
+    """
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     finite = np.isfinite(wanted)
     if got.shape != wanted.shape or not np.array_equal(
         got[~finite], wanted[~finite], equal_nan=True
     ):
         return float("inf")
-    largest, furthest = (
-        np.max(np.abs(wanted[finite]), initial=0),
-        np.max(np.abs(got[finite] - wanted[finite]), initial=0),
-    )
-    return float(furthest / largest) if largest else float(furthest)
+    largest = np.max(np.abs(wanted[finite]), initial=0)
+    difference = np.max(np.abs(got[finite] - wanted[finite]), initial=0)
+    return float(difference / largest) if largest else float(difference)

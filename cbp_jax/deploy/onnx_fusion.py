@@ -1,17 +1,17 @@
-"""Matrix products by packed integers: what ONNX Runtime fuses, and what it does not.
+"""Rewrites a graph so that ONNX Runtime fuses matrix products with packed integers.
 
-It replaces a DequantizeLinear and the product after it by one MatMulNBits. Where that fails,
+ONNX Runtime replaces a DequantizeLinear and the product after it by one MatMulNBits. If that fails,
 DequantizeLinear runs at every call, which is several times slower than float32. ONNX Runtime 1.32
-gives up where
+does not fuse if
 
-    all that follows the product is one Relu or Clip      here: Max and Min, which compute the same
-    what is added to the product is not of shape (n,)     here: a bias gets that shape; Sum adds
-    anything else products share a DequantizeLinear, or its integers    `onnx_weights.py` gives each
-    product its own
+- only a Relu or a Clip follows the product: here Max and Min compute the same;
+- the term added to the product does not have shape (n,): here a bias gets that shape, and Sum adds
+  anything else;
+- products share a DequantizeLinear or its integers: `onnx_weights.py` gives each product its own;
 
-and in rarer cases: a product times 1 before a Relu; a bias behind the product of a transposed
-matrix; equal scales of up to 8 columns, of which it makes one. So the graph that it makes is looked
-at, and weights whose product it did not fuse are unpacked when it loads the file.
+and in rarer cases: a product times 1 before a Relu; a bias after the product with a transposed
+matrix; equal scales of up to 8 columns, which it merges. So its optimized graph is checked, and
+weights whose product is not fused are unpacked when it loads the file.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # an optional dependency, and slow to load
 
 
 def make_fusible(graph: "onnx.GraphProto") -> None:
-    """Rewrites what follows the products by packed integers so that ONNX Runtime fuses them; in place, with the same results."""
+    """Rewrites what follows products with packed integers, in place and with the same results."""
     columns = {tensor.name: tensor.dims[-1] for tensor in graph.initializer if tensor.dims}
     packed = {
         node.output[0]: columns[node.input[0]]
@@ -42,7 +42,7 @@ def make_fusible(graph: "onnx.GraphProto") -> None:
 
 
 def _rewrite_users(graph: "onnx.GraphProto", value: str, n: int) -> None:
-    """Rewrites the nodes behind a value of n columns that would keep ONNX Runtime from fusing the product before it."""
+    """Rewrites the nodes after a value of n columns that would prevent fusing its product."""
     for node in [node for node in graph.node if value in node.input]:
         if node.op_type == "Identity":
             _rewrite_users(graph, node.output[0], n)
@@ -53,7 +53,7 @@ def _rewrite_users(graph: "onnx.GraphProto", value: str, n: int) -> None:
 
 
 def _rewrite_sum(graph: "onnx.GraphProto", node: "onnx.NodeProto", value: str, n: int) -> None:
-    """A bias of shape (n,) becomes part of the product; anything else is added by a node that stays apart."""
+    """Gives a bias shape (n,), so that it is fused; any other term is added by a Sum."""
     other = 1 if node.input[0] == value else 0
     if bias := _as_bias(graph, node.input[other], n):
         node.input[other] = bias
@@ -63,7 +63,7 @@ def _rewrite_sum(graph: "onnx.GraphProto", node: "onnx.NodeProto", value: str, n
 
 
 def _as_bias(graph: "onnx.GraphProto", name: str, n: int) -> str | None:
-    """The name of a constant as one of shape (n,); None if the value is not constant, or differs from row to row."""
+    """Returns the name of a constant as shape (n,); None if it is not constant or varies by row."""
     from onnx import numpy_helper
 
     tensor = next((tensor for tensor in graph.initializer if tensor.name == name), None)
@@ -82,7 +82,7 @@ def _as_bias(graph: "onnx.GraphProto", name: str, n: int) -> str | None:
 
 
 def _rewrite_clipping(graph: "onnx.GraphProto", node: "onnx.NodeProto") -> None:
-    """Makes Max and Min of a Relu or a Clip."""
+    """Turns a Relu or a Clip into Max and Min."""
     from onnx import helper, numpy_helper
 
     value, *bounds = node.input
@@ -108,10 +108,10 @@ def _rewrite_clipping(graph: "onnx.GraphProto", node: "onnx.NodeProto") -> None:
 
 
 def unfused(optimized: Path, weights: Iterable[str]) -> list[str]:
-    """Those of the weights that a graph as ONNX Runtime optimized it still unpacks at every call.
+    """Returns the weights that ONNX Runtime still unpacks at every call.
 
     Args:
-      optimized: the file that `SessionOptions.optimized_model_filepath` named.
+      optimized: the graph it wrote to `SessionOptions.optimized_model_filepath`.
       weights: names of weights.
     """
     import onnx
@@ -122,27 +122,26 @@ def unfused(optimized: Path, weights: Iterable[str]) -> list[str]:
 
 
 def unpack_when_loaded(graph: "onnx.GraphProto", weights: Iterable[str]) -> None:
-    """Has ONNX Runtime unpack these weights when it loads the file, instead of at every call; in place, to the same values."""
+    """Makes ONNX Runtime unpack these weights, to the same values, when it loads the file."""
     from onnx import TensorProto, helper
 
     weights, nodes = list(weights), []
     for node in graph.node:
-        if node.op_type == "DequantizeLinear" and any(
+        if node.op_type != "DequantizeLinear" or not any(
             _is_copy_of(node.input[0], weight) for weight in weights
         ):
-            (integers, scales), made = node.input, free_name(graph, f"{node.input[0]}:float")
-            nodes.append(
-                helper.make_node("Cast", [integers], [made], name=made, to=TensorProto.FLOAT)
-            )
-            nodes.append(
-                helper.make_node("Mul", [made, scales], list(node.output), name=node.name)
-            )  # scales are of the last axis
-        else:
             nodes.append(node)
+            continue
+        integers, scales = node.input  # scales of the last axis
+        cast = free_name(graph, f"{integers}:float")
+        nodes += [
+            helper.make_node("Cast", [integers], [cast], name=cast, to=TensorProto.FLOAT),
+            helper.make_node("Mul", [cast, scales], list(node.output), name=node.name),
+        ]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def _is_copy_of(integers: str, weight: str) -> bool:
-    """Whether integers are those of a weight, or one of its copies."""
+    """Whether these are the integers of a weight, or a copy of them."""
     return integers == weight or integers.startswith(f"{weight}:")

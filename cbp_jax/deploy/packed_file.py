@@ -1,43 +1,43 @@
 """Packed weights in a file.
 
-The file is a safetensors container; all numbers are little-endian. From its first byte:
+The file is a safetensors container; all numbers are little-endian. It consists of:
 
     8 bytes   n, the length of the header, an unsigned integer
     n bytes   the header, JSON in UTF-8, padded with spaces
     the rest  the bytes of the tensors, without gaps
 
-The header is an object with an entry for each tensor, `"NAME": {"dtype": "U8", "shape": [...],
-"data_offsets": [begin, end]}`, whose offsets count from the end of the header, and with
-`"__metadata__"`, an object of strings:
+The header is an object with one entry per tensor,
+`"NAME": {"dtype": "U8", "shape": [...], "data_offsets": [begin, end]}`, whose offsets count from
+the end of the header, and `"__metadata__"`, an object of strings:
 
     "format"         "cbp_jax packed weights"
     "version"        "1"
-    "tensors"        JSON: an object with an entry for each tensor of the network, in its order
+    "tensors"        JSON: an object with one entry per tensor of the network, in its order
     "tensors_crc32"  CRC-32 of the bytes of the string "tensors", eight hexadecimal digits
 
-The entry of a tensor that is not constrained is `{"shape": [...], "dtype": "float32", "crc32":
-"..."}`; its bytes are the tensor NAME of the container. That of a constrained one is
+The entry of an unconstrained tensor is `{"shape": [...], "dtype": "float32", "crc32": "..."}`, and
+its bytes are the container's tensor NAME. The entry of a constrained tensor is
 
     {"constraint": "ternary",    its name, for people
      "levels": [-1.0, 0.0, 1.0], increasing, in units of the scale
-     "bits": 2,                  of a code
+     "bits": 2,                  per code
      "shape": [3, 3, 64, 128],   of the weights, in C order: the last axis is contiguous
-     "dtype": "float32",         that the weights had
+     "dtype": "float32",         of the weights
      "scale_axis": [3],          axes along which the scale differs; [] for one scale
-     "crc32": "89abcdef"}        of the bytes of the codes, followed by those of the scales
+     "crc32": "89abcdef"}        of the bytes of the codes followed by those of the scales
 
-and it is two tensors of the container: `NAME.codes`, U8, of `ceil(size * bits / 8)` bytes, and
-`NAME.scale`, F32 (F64 where the weights were), of shape [] or like that of the weights with 1 along
-the axes that share a scale. Code `i`, that of weight `i` in C order, is bits `i * bits` to `(i + 1)
-* bits - 1` of the codes, counted from the least significant bit of the first byte; bits after the
-last code are 0. In C, with at most 9 bits:
+and its bytes are two tensors of the container: `NAME.codes`, U8, of `ceil(size * bits / 8)` bytes,
+and `NAME.scale`, F32 (F64 for float64 weights), of shape [] or the shape of the weights with 1
+along the axes that share a scale. Code `i`, for weight `i` in C order, is bits `i * bits` to
+`(i + 1) * bits - 1` of the codes, counted from the least significant bit of the first byte; bits
+after the last code are 0. In C, for at most 9 bits:
 
     size_t bit = i * bits, byte = bit / 8;
     unsigned two = codes[byte] | (bit % 8 + bits > 8 ? codes[byte + 1] << 8 : 0);
     float weight = levels[two >> (bit % 8) & ((1u << bits) - 1)] * scale[channel];
 
-NAME is the path of the tensor, its keys joined by "/"; in a key "~" is written "~0" and "/" "~1",
-and an empty key is "~2". All CRC-32s are those of zlib, PNG and Ethernet.
+NAME is the path of the tensor, its keys joined by "/". In a key "~" is written "~0" and "/" is
+written "~1"; an empty key is "~2". CRC-32 is that of zlib, PNG and Ethernet.
 
 Reference: the container is described at https://github.com/huggingface/safetensors.
 """
@@ -59,23 +59,22 @@ from cbp_jax.deploy.files import replacing
 from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor
 
 _FORMAT, _VERSION = "cbp_jax packed weights", "1"
-_LONGEST_HEADER = 100_000_000  # that safetensors reads
-_CHUNK = 1 << 20  # bytes of codes checked at a time, times the bits of a code
+_LONGEST_HEADER = 100_000_000  # the limit of safetensors
+_CHUNK = 1 << 20  # codes are checked in chunks of this many bytes times the bits per code
 
 
 def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
-    """Writes packed weights to a file, in the format that `cbp_jax/deploy/packed_file.py` describes byte
-    by byte.
+    """Saves packed weights to a file, atomically: a crash leaves an existing file unchanged.
 
-    The file appears whole or not at all: a crash leaves an old one as it was.
+    `cbp_jax/deploy/packed_file.py` describes the format byte by byte.
 
     Args:
-      path: of the file; ".safetensors" is the usual ending.
-      packed: of `pack`.
+      path: the file to write; ".safetensors" is the usual extension.
+      packed: the result of `pack`.
 
     Raises:
-      ValueError: if an array has a dtype that safetensors does not know, or two tensors have the
-        same name in the file.
+      ValueError: if safetensors does not support the dtype of an array, or two tensors would have
+        the same name in the file.
       OSError: if the file cannot be written.
 
     Example:
@@ -96,9 +95,8 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
                 raise ValueError(
                     f"the file already has a tensor {inner!r}: rename the parameter {name!r}"
                 )
-            arrays[inner] = np.ascontiguousarray(array).reshape(
-                array.shape
-            )  # which gives a scalar an axis
+            # The reshape takes away the axis that ascontiguousarray gives a scalar.
+            arrays[inner] = np.ascontiguousarray(array).reshape(array.shape)
         entries[name] = _tensor_entry(name, tensor)
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
     metadata = {
@@ -113,20 +111,20 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
 
 
 def load_packed(path: str | os.PathLike[str]) -> Packed:
-    """Reads packed weights from a file, and checks every byte of it.
+    """Loads packed weights from a file, and checks every byte of it.
 
-    Memory holds the packed weights and at most one tensor more; nothing is unpacked.
+    Memory use peaks at the packed weights plus one tensor; nothing is unpacked.
 
     Args:
-      path: of a file that `save_packed` wrote.
+      path: a file that `save_packed` wrote.
 
     Returns:
       The packed weights as numpy arrays, equal to those that were saved.
 
     Raises:
-      PackedError: if the file is damaged, cut off, followed by other bytes, of another version or
-        no such file at all; it names the tensor, where the damage is not in the header itself.
-      OSError: if there is no file, or it cannot be read.
+      PackedError: if the file is damaged, truncated, followed by other bytes, of another version or
+        in another format. It names the tensor unless the damage is in the header.
+      OSError: if the file does not exist or cannot be read.
 
     Example:
       See `save_packed`.
@@ -141,9 +139,8 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        with safetensors.safe_open(
-            path, framework="np", backend="pread"
-        ) as file:  # mapped memory would count twice
+        # Mapping the file would count its memory twice.
+        with safetensors.safe_open(path, framework="np", backend="pread") as file:
             return _read_tensors(path, file)
     except safetensors.SafetensorError as error:
         raise PackedError(f"{path} is damaged: {_describe_truncation(path) or error}") from error
@@ -153,11 +150,12 @@ def _read_tensors(path: Path, file: Any) -> Packed:
     metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT:
         raise PackedError(
-            f"{path} holds no packed weights: save_packed writes them, this is another safetensors file"
+            f"{path} holds no packed weights: it is a safetensors file, but not from save_packed"
         )
     if metadata.get("version") != _VERSION:
         raise PackedError(
-            f"{path} is of format version {metadata.get('version')!r}, and this cbp_jax reads version {_VERSION!r}"
+            f"{path} is of format version {metadata.get('version')!r}, and this cbp_jax reads "
+            f"version {_VERSION!r}"
         )
     text = metadata.get("tensors", "")
     if metadata.get("tensors_crc32") != _hex_crc(zlib.crc32(text.encode())):
@@ -168,7 +166,7 @@ def _read_tensors(path: Path, file: Any) -> Packed:
         entries = dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
         raise PackedError(
-            f"{path} is damaged: the description of its tensors is no JSON object ({error})"
+            f"{path} is damaged: the description of its tensors is not a JSON object ({error})"
         ) from error
     left = set(file.keys())
     tensors: dict[str, Any] = {}
@@ -182,15 +180,15 @@ def _read_tensors(path: Path, file: Any) -> Packed:
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise PackedError(f"{path} is damaged: tensor {name!r}: {error}") from error
     if left:
-        raise PackedError(f"{path} is damaged: nothing is said of its tensor {min(left)!r}")
+        raise PackedError(f"{path} is damaged: its tensor {min(left)!r} is not described")
     return Packed(tensors)
 
 
 def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
-    """A tensor and its checks; what is wrong comes out as an error of Python's own, whose text says it."""
+    """Reads and checks a tensor; raises a built-in error describing a mismatch."""
     shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
     if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"shape {shape} is not one")
+        raise ValueError(f"{shape} is not a shape")
     if "constraint" not in entry:
         array = file.get_tensor(name)
         _check_equal("shape", array.shape, shape)
@@ -201,11 +199,8 @@ def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
     codes, scale = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale")
     tensor = PackedTensor(codes, scale, constraint, shape, dtype.name)
     _check_equal("bits", entry["bits"], constraint.bits)
-    _check_equal(
-        "number of bytes",
-        (codes.shape, codes.dtype),
-        (((math.prod(shape) * constraint.bits + 7) // 8,), np.dtype("uint8")),
-    )
+    nbytes = (math.prod(shape) * constraint.bits + 7) // 8
+    _check_equal("number of bytes", (codes.shape, codes.dtype), ((nbytes,), np.dtype("uint8")))
     _check_equal("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
     _check_equal("scale_axis", _scale_axis(scale), entry["scale_axis"])
     if scale.ndim:
@@ -222,7 +217,7 @@ def _check_equal(what: str, found: Any, expected: Any) -> None:
 
 
 def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:
-    """Refuses codes that stand for no level, and bits after the last code."""
+    """Raises ValueError if a code has no level, or if there are bits after the last code."""
     bits, levels = constraint.bits, len(constraint.levels)
     if size * bits % 8 and codes[-1] >> (size * bits % 8):
         raise ValueError("there are bits after its last code")
@@ -236,30 +231,21 @@ def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:
 
 
 def _stored_arrays(name: str, tensor: Any) -> dict[str, np.ndarray]:
-    if isinstance(tensor, PackedTensor):
-        return {
-            f"{name}.codes": np.asarray(tensor.codes),
-            f"{name}.scale": np.asarray(tensor.scale),
-        }
-    return {name: np.asarray(tensor)}
+    if not isinstance(tensor, PackedTensor):
+        return {name: np.asarray(tensor)}
+    codes, scale = np.asarray(tensor.codes), np.asarray(tensor.scale)
+    return {f"{name}.codes": codes, f"{name}.scale": scale}
 
 
 def _tensor_entry(name: str, tensor: Any) -> dict[str, Any]:
     arrays = list(_stored_arrays(name, tensor).values())
-    entry = {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype),
-        "crc32": _hex_crc(_crc(*arrays)),
-    }
+    crc32 = _hex_crc(_crc(*arrays))
+    entry = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "crc32": crc32}
     if not isinstance(tensor, PackedTensor):
         return entry
-    constraint = tensor.constraint
-    about = {
-        "constraint": constraint.name,
-        "levels": list(constraint.levels),
-        "bits": constraint.bits,
-    }
-    return about | entry | {"scale_axis": _scale_axis(arrays[1])}
+    rule = tensor.constraint
+    levels = {"constraint": rule.name, "levels": list(rule.levels), "bits": rule.bits}
+    return levels | entry | {"scale_axis": _scale_axis(arrays[1])}
 
 
 def _scale_axis(scale: np.ndarray) -> list[int]:
@@ -292,16 +278,13 @@ def _tensor_spec(name: str, array: np.ndarray) -> safetensors.TensorSpec:
 
 
 def _describe_truncation(path: Path) -> str:
-    """Where a container that cannot be opened breaks off, or that other bytes follow; empty if its header is broken."""
+    """Describes truncation or trailing bytes; returns "" if the header is broken."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        there = path.stat().st_size - 8 - length
+        available = path.stat().st_size - 8 - length
         try:
-            header = (
-                json.loads(file.read(length))
-                if 0 < length <= min(there + length, _LONGEST_HEADER)
-                else {}
-            )
+            readable = 0 < length <= min(available + length, _LONGEST_HEADER)
+            header = json.loads(file.read(length)) if readable else {}
             ends = sorted(
                 (entry["data_offsets"][1], name)
                 for name, entry in header.items()
@@ -309,6 +292,7 @@ def _describe_truncation(path: Path) -> str:
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return ""
-    if ends and ends[-1][0] < there:
-        return f"{there - ends[-1][0]} bytes follow its last tensor, {ends[-1][1]!r}"
-    return next((f"it breaks off in tensor {name!r}" for end, name in ends if end > there), "")
+    if ends and ends[-1][0] < available:
+        return f"{available - ends[-1][0]} bytes follow its last tensor, {ends[-1][1]!r}"
+    truncated = (name for end, name in ends if end > available)
+    return next((f"it is truncated in tensor {name!r}" for name in truncated), "")

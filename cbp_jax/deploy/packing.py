@@ -1,13 +1,14 @@
-"""Constrained weights as codes of a few bits: packing, unpacking, and what rounding moved.
+"""Constrained weights as codes of a few bits: packing and unpacking.
 
-A code is the index of a weight's level, lowest level 0, in `bits = ceil(log2(number of levels))`
-bits; the weight is `levels[code] * scale`. `bits.py` says how codes lie in bytes, `packed_file.py`
-how all that lies in a file.
+The code of a weight is the index of its level, from 0 for the lowest, in
+`bits = ceil(log2(number of levels))` bits; the weight is `levels[code] * scale`. `bits.py`
+describes the layout of codes in bytes, `packed_file.py` that of the file.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -33,34 +34,34 @@ class PackedError(ValueError):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A constrained tensor: codes and scales, and what turns them into weights. A pytree whose leaves are the two arrays."""
+    """A packed constrained tensor; a pytree whose leaves are the codes and the scale."""
 
     codes: Any  # shape=(ceil(size * bits / 8),), dtype=uint8
-    scale: Any  # shape=() or like the weights with 1 along the axes that share it; float32, float64 if the weights are
+    # shape=(), or like the weights with 1 along the axes that share a scale; float32, or float64 if
+    # the weights are
+    scale: Any
     constraint: Constraint = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})  # of the weights
 
     @property
     def size(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
+        """The bytes of codes and scales."""
         return int(self.codes.nbytes + self.scale.nbytes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedTensor):
             return NotImplemented
-        static = (self.constraint, self.shape, self.dtype) == (
-            other.constraint,
-            other.shape,
-            other.dtype,
-        )
         return (
-            static and _equal_bits(self.codes, other.codes) and _equal_bits(self.scale, other.scale)
+            self.constraint == other.constraint
+            and (self.shape, self.dtype) == (other.shape, other.dtype)
+            and _equal_bits(self.codes, other.codes)
+            and _equal_bits(self.scale, other.scale)
         )
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
@@ -71,27 +72,26 @@ class Rounding(NamedTuple):
 
     layer: str
     moved: int  # weights that were off their level by more than 1% of the scale
-    furthest: float  # of all weights, in units of the scale; infinite where the scale is 0
+    furthest: float  # over all weights, in units of the scale; infinite where the scale is 0
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """A network's tensors by name, the constrained ones packed; printed, a table.
+    """A network's tensors by name, the constrained ones packed; prints as a table.
 
-    A pytree: it may be an argument of jitted functions, and of exported ones. Names are paths
-    joined by "/"; in a key "~" is written "~0" and "/" "~1" (as in JSON pointers), an empty key
-    "~2", and a tree that is a single leaf has the name "".
+    It is a pytree, so jitted and exported functions may take it as an argument. Names are paths
+    joined by "/". In a key "~" is written "~0" and "/" is written "~1" (as in JSON pointers); an
+    empty key is "~2", and a tree that is a single leaf has the name "".
     """
 
     tensors: dict[str, Any]  # PackedTensor or array
-    rounding: tuple[
-        Rounding, ...
-    ] = ()  # a layer each; not saved, compared or carried through transformations
+    # One per constrained layer; not saved, compared or kept by tree transformations.
+    rounding: tuple[Rounding, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, without a file's header."""
+        """The bytes of all tensors, without a file's header."""
         return sum(int(tensor.nbytes) for tensor in self.tensors.values())
 
     def __eq__(self, other: object) -> bool:
@@ -99,7 +99,7 @@ class Packed:
             return NotImplemented
         if set(self.tensors) != set(other.tensors):
             return False
-        pairs = ((tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+        pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
         return all(
             a == b
             if isinstance(a, PackedTensor) or isinstance(b, PackedTensor)
@@ -120,78 +120,48 @@ class Packed:
         return cls(dict(zip(names, tensors, strict=True)))
 
     def __str__(self) -> str:
-        rounding = {path: moved for path, *moved in self.rounding}
-        rows = [
-            (
-                "tensor",
-                "constraint",
-                "weights",
-                "bits",
-                "bytes",
-                *(("moved", "furthest / scale") if rounding else ()),
-            )
-        ]
-        packed = {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if isinstance(tensor, PackedTensor)
-        }
-        for name, tensor in packed.items():
-            how_far = (f"{rounding[name][0]:,}", f"{rounding[name][1]:.2g}") if rounding else ()
-            rows.append(
-                (
-                    name,
-                    tensor.constraint.name,
-                    f"{tensor.size:,}",
-                    str(tensor.constraint.bits),
-                    f"{tensor.nbytes:,}",
-                    *how_far,
-                )
-            )
-        others = [tensor for name, tensor in self.tensors.items() if name not in packed]
+        rows = [("tensor", "constraint", "weights", "bits", "bytes", "moved", "furthest / scale")]
+        rounding = {entry.layer: entry for entry in self.rounding}
+        others = []
+        for name, tensor in self.tensors.items():
+            if not isinstance(tensor, PackedTensor):
+                others.append(tensor)
+                continue
+            rule, size, nbytes = tensor.constraint, f"{tensor.size:,}", f"{tensor.nbytes:,}"
+            moved, furthest = "", ""
+            if name in rounding:
+                moved, furthest = f"{rounding[name].moved:,}", f"{rounding[name].furthest:.2g}"
+            rows.append((name, rule.name, size, str(rule.bits), nbytes, moved, furthest))
         if others:
-            size, nbytes = (
-                sum(int(tensor.size) for tensor in others),
-                sum(int(tensor.nbytes) for tensor in others),
-            )
-            rows.append(
-                (
-                    f"{len(others)} others",
-                    "none",
-                    f"{size:,}",
-                    "",
-                    f"{nbytes:,}",
-                    *(("", "") if rounding else ()),
-                )
-            )
-        return "\n".join(aligned(rows))
+            size = f"{sum(int(tensor.size) for tensor in others):,}"
+            nbytes = f"{sum(int(tensor.nbytes) for tensor in others):,}"
+            rows.append((f"{len(others)} others", "none", size, "", nbytes, "", ""))
+        return "\n".join(aligned(rows if rounding else [row[:5] for row in rows]))
 
 
 def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> Packed:
-    """Packs the weights for deployment: constrained ones as codes of a few bits, the others as they
-    are.
+    """Packs the weights for deployment: each constrained one as the index of its level.
 
-    The code of a weight is the index of its level; `ceil(size * bits / 8)` bytes hold those of a
-    tensor.
+    The codes of a tensor take `ceil(size * bits / 8)` bytes.
 
     Args:
-      params: the latent weights. Unconstrained leaves are stored unchanged, such as batch
-        statistics: give `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params,
-          "batch_stats": batch_stats}` of a dictionary. Leaves that
-        are not arrays, such as functions and settings of an Equinox module, are not stored:
-        `unpack` takes them from its template.
+      params: the latent weights. Unconstrained leaves are stored unchanged, so include what the
+        network needs beside parameters, such as batch statistics:
+        `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params, "batch_stats": batch_stats}`
+        with a dictionary. Leaves that are not arrays, such as the functions and settings of an
+        Equinox module, are not stored: `unpack` takes them from its template.
       opt_state: any optimizer state with one or more `CBPState`s in it.
-      round: put weights on their levels that are not on them. `Packed.rounding`, and the printed
-        table, say how many moved by more than 1% of the scale, and how far.
+      round: whether to snap remaining weights to the nearest level. `Packed.rounding` and the
+        printed table show how many moved by more than 1% of the scale, and how far.
 
     Returns:
-      The packed weights, in host memory. `unpack` gives what `quantize(params, opt_state)` does, to
-      the bit.
+      The packed weights, in host memory. `unpack` returns bit for bit what
+      `quantize(params, opt_state)` does.
 
     Raises:
       ValueError: as `quantize` does; if, without `round`, weights are off their levels by more than
-        1% of the scale, naming the layers and by how much; if constrained weights or scales are not
-        numbers; if two paths have the same name; if an array is spread over several hosts.
+        1% of the scale, naming the layers and by how much; if constrained weights are NaN or scales
+        are not finite; if two paths have the same name; if an array is spread over several hosts.
       TypeError: if a leaf has a shape and a dtype but no values to store: a random key, or a
         `jax.ShapeDtypeStruct`.
 
@@ -214,8 +184,8 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
             continue
         _check_packable(path, leaf)
         if path in constrained:
-            tensors[name], moved = _pack_leaf(constrained[path])
-            rounding.append(moved)
+            tensors[name], entry = _pack_leaf(constrained[path])
+            rounding.append(entry)
         else:
             tensors[name] = np.asarray(leaf)
     off = [entry for entry in rounding if entry.moved]
@@ -225,33 +195,32 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
             for entry in off[:10]
         )
         raise ValueError(
-            f"{len(off)} of {len(rounding)} constrained layers have weights more than {ON_LEVEL:.0%} of the scale off their "
-            f"levels ({named}): train on until constraint_failure_score is small, or give round=True to put them on their levels"
+            f"{len(off)} of {len(rounding)} constrained layers have weights more than "
+            f"{ON_LEVEL:.0%} of the scale off their levels ({named}): train on until "
+            "constraint_failure_score is small, or give round=True to snap them to their levels"
         )
     return Packed(tensors, tuple(rounding))
 
 
 def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None = None) -> PyTree:
-    """The weights back from their codes, equal to what `quantize` gave to the bit: `levels[code] *
-    scale`.
+    """Returns the weights, bit for bit those that `quantize` gives: `levels[code] * scale`.
 
     Under `jit` with `packed` as an argument, the codes stay packed in memory and are unpacked where
     they are used (`make_predict` does that).
 
     Args:
-      packed: of `pack` or `load_packed`.
-      template: a tree with the paths and shapes of the one that was packed, of arrays or of
-        `jax.ShapeDtypeStruct`s: a Flax NNX state, an Equinox module, ... Its leaves that are no
-        arrays are part of the result. None gives nested dictionaries.
-      dtype: of the constrained weights; None for the one they had.
+      packed: the result of `pack` or `load_packed`.
+      template: a tree with the paths and shapes of the packed one, of arrays or of
+        `jax.ShapeDtypeStruct`s: a Flax NNX state, an Equinox module, ... Its leaves that are not
+        arrays become part of the result. None gives nested dictionaries.
+      dtype: dtype of the constrained weights; None keeps their own.
 
     Returns:
       A tree of the template's structure.
 
     Raises:
-      PackedError: if the template has a tensor that is not there, lacks one that is, or has one of
-        another shape; or if a tensor is of 64 bits and JAX is not set to use them. It names the
-        tensor.
+      PackedError: if a tensor is missing from either side or has another shape; or if it has 64
+        bits and JAX does not have x64 enabled. The error names the tensor.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -269,16 +238,19 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
     for name in leaves:
         if name not in packed.tensors:
             raise PackedError(
-                f"the packed weights have no {name!r}, which the template has; they have {_first_names(packed.tensors)}"
+                f"the packed weights have no {name!r}, which the template has; "
+                f"they have {_first_names(packed.tensors)}"
             )
     for name, tensor in packed.tensors.items():
         if name not in leaves:
             raise PackedError(
-                f"the template has no {name!r}, which the packed weights have; it has {_first_names(leaves)}"
+                f"the template has no {name!r}, which the packed weights have; "
+                f"it has {_first_names(leaves)}"
             )
         if tuple(tensor.shape) != jnp.shape(leaves[name]):
             raise PackedError(
-                f"{name!r} has shape {tuple(tensor.shape)}, but the template's has {jnp.shape(leaves[name])}"
+                f"{name!r} has shape {tuple(tensor.shape)}, but the template's has "
+                f"{jnp.shape(leaves[name])}"
             )
     restored = [
         _unpack_tensor(name, packed.tensors[name], dtype) if name in leaves else leaf
@@ -288,7 +260,7 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
 
 
 def tensor_name(path: Path) -> str:
-    """A path as the name of a tensor, from which the path can be told."""
+    """A path as the name of a tensor; it is reversible to the path."""
     return "/".join(key.replace("~", "~0").replace("/", "~1") or "~2" for key in path)
 
 
@@ -315,43 +287,41 @@ def _first_names(names: Iterable[str]) -> str:
 
 
 def _equal_bits(a: Any, b: Any) -> bool:
-    """Whether two arrays are equal to the bit."""
     a, b = np.asarray(a), np.asarray(b)
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def is_array_like(leaf: Any) -> bool:
-    """Whether a leaf has numbers to store, unlike the functions and settings in an Equinox module."""
+    """Whether a leaf has a shape and a dtype, unlike the functions and settings of a module."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _check_packable(path: Path, leaf: Any) -> None:
+    start = f"{path_string(path)!r} cannot be packed: it is"
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        raise TypeError(
-            f"{path_string(path)!r} cannot be packed: it is {type(leaf).__name__}, and only arrays can be"
-        )
+        raise TypeError(f"{start} {type(leaf).__name__}, and only arrays can be")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        raise TypeError(
-            f"{path_string(path)!r} cannot be packed: it is a random key; leave it out, as nnx.state(model, nnx.Param) does"
-        )
+        raise TypeError(f"{start} a random key; leave it out, as nnx.state(model, nnx.Param) does")
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise ValueError(
-            f"{path_string(path)!r} is spread over several hosts: gather the parameters and the state first, with "
+            f"{start} spread over several hosts: gather the parameters and the state first, with "
             "jax.experimental.multihost_utils.process_allgather(..., tiled=True)"
         )
 
 
 def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
-    layer = path_string(leaf.path)
     codes, moved, furthest, finite = _encode_weights(leaf.weight, leaf.scale, leaf.constraint)
     if not finite:
         raise ValueError(
-            f"{layer!r} cannot be packed: some of its weights are NaN, or its scale is not finite"
+            f"{path_string(leaf.path)!r} cannot be packed: some of its weights are NaN, or its "
+            "scale is not finite"
         )
-    scale = np.asarray(leaf.scale)
-    dtype = jnp.dtype(leaf.weight.dtype).name
     packed = PackedTensor(
-        np.asarray(codes), scale, leaf.constraint, tuple(leaf.weight.shape), dtype
+        np.asarray(codes),
+        np.asarray(leaf.scale),
+        leaf.constraint,
+        tuple(leaf.weight.shape),
+        jnp.dtype(leaf.weight.dtype).name,
     )
     return packed, Rounding(tensor_name(leaf.path), int(moved), float(furthest))
 
@@ -360,14 +330,13 @@ def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
 def _encode_weights(
     w: jax.Array, scale: jax.Array, constraint: Constraint
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The packed codes; how many weights are off their level, the largest distance, and whether all are numbers."""
+    """Returns codes, the number of weights off level, the largest distance, and whether finite."""
     finite = jnp.all(~jnp.isnan(w)) & jnp.all(jnp.isfinite(scale))
     on_level = constraint.quantize(w, scale)
     compute = jnp.promote_types(w.dtype, jnp.float32)
     distance = jnp.where(w == on_level, 0, jnp.abs(w.astype(compute) - on_level.astype(compute)))
-    relative = jnp.where(
-        distance > 0, distance / jnp.asarray(scale, compute), 0
-    )  # infinite where the scale is 0
+    # Infinite where the scale is 0.
+    relative = jnp.where(distance > 0, distance / jnp.asarray(scale, compute), 0)
     codes = pack_bits(constraint.level_index(w, scale).reshape(-1), constraint.bits)
     return codes, jnp.sum(relative > ON_LEVEL), jnp.max(relative, initial=0), finite
 
@@ -389,7 +358,7 @@ def _check_dtype_enabled(name: str, dtype: jnp.dtype) -> None:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _decode_weights(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
-    """The weights: as `Constraint.quantize` computes them, which decides the last bit."""
+    """Computes the weights as `Constraint.quantize` does, so that the last bit agrees."""
     own = jnp.dtype(tensor.dtype)
     compute = jnp.promote_types(own, jnp.float32)
     index = unpack_bits(tensor.codes, tensor.constraint.bits, tensor.size).reshape(tensor.shape)
@@ -400,15 +369,12 @@ def _decode_weights(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
             value = jnp.where(index == code, jnp.asarray(level, compute), value)
     else:
         value = jnp.asarray(levels, compute)[index]
-    weights = (jnp.broadcast_to(value, tensor.shape) * jnp.asarray(tensor.scale, compute)).astype(
-        own
-    )
-    return weights.astype(dtype)
+    weights = jnp.broadcast_to(value, tensor.shape) * jnp.asarray(tensor.scale, compute)
+    return weights.astype(own).astype(dtype)
 
 
 def _register_for_export() -> None:
-    """So that an exported function may take a `Packed`: what is static in it goes into the exported artifact as JSON."""
-    import json
+    """Lets exported functions take a `Packed`: its static parts are stored with them as JSON."""
 
     def constraint_to_json(aux: Any) -> bytes:
         constraint, shape, dtype = aux

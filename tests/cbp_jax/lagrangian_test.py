@@ -176,7 +176,7 @@ def test_each_platform_has_its_form():
 def test_sharded_weights_keep_their_sharding(axis_type, form, monkeypatch):
     """In several blocks, beside weights that are not sharded: those must not become so."""
     if form != "blocks":
-        monkeypatch.setattr(lagrangian, "_in_blocks", FORMS[form])  # as another platform would
+        monkeypatch.setattr(lagrangian, "_sum_in_blocks", FORMS[form])  # as another platform would
     mesh = jax.make_mesh((4,), ("model",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
     specs = {"in": P("model", None), "out": P(None, "model"), "whole": P()}
     rng = np.random.default_rng(0)

@@ -111,7 +111,7 @@ def test_constraints_that_fit(constraint, weight_type, tmp_path):
         (
             cbp_jax.Constraint("irrational", (-1.0, 2**0.5)),
             "int4",
-            "no multiples of a common unit: .*Give weight_type='float'",
+            "not multiples of a common unit: .*Give weight_type='float'",
         ),
     ],
     ids=lambda value: getattr(value, "name", None),

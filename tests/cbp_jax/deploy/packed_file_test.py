@@ -310,7 +310,7 @@ def test_truncation(content, path):
             assert_refused(
                 path,
                 content[: start + entry["data_offsets"][1] - 1],
-                f"breaks off in tensor '{name}'",
+                f"is truncated in tensor '{name}'",
             )
     for end in (0, 5, 8, 100, start - 1):
         assert_refused(path, content[:end], "is damaged")
@@ -342,7 +342,7 @@ def test_missing_and_unknown_tensors(content, path):
     assert_refused(
         path,
         with_entries(content, lambda e: e.pop("conv/bias")),
-        "nothing is said of its tensor 'conv/bias'",
+        "its tensor 'conv/bias' is not described",
     )
 
 
@@ -404,7 +404,7 @@ def test_deeply_nested_header(path):
     text = "[" * 100_000
     metadata = {"format": "cbp_jax packed weights", "version": "1", "tensors": text}
     metadata["tensors_crc32"] = f"{zlib.crc32(text.encode()):08x}"
-    assert_refused(path, with_header({"__metadata__": metadata}, b""), "no JSON object")
+    assert_refused(path, with_header({"__metadata__": metadata}, b""), "not a JSON object")
 
 
 MUTATIONS = st.one_of(
