@@ -1,4 +1,4 @@
-"""What a minute tells before a run of days: are the data, the weights and the memory there?"""
+"""Checks before a long run: does a step fit into the device's memory?"""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import jax
 import psutil
 
 _GIB = 2**30
-# More than this share of a device is likely to fail from fragmentation.
-_USABLE = 0.95
+_USABLE = 0.95  # of a device's memory; fragmentation is likely to make more fail
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes on each device that a compiled step needs at its peak, what it is given included."""
+    """Returns the peak bytes per device of a compiled step, its arguments included."""
     stats: Any = compiled.memory_analysis()
     return (
         stats.argument_size_in_bytes
@@ -21,25 +20,28 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def memory_there() -> int:
-    """Bytes of a device that a program may use; on a CPU its share of the memory that is free."""
+def available_memory() -> int:
+    """Returns the bytes of a device that a program may use; on a CPU its share of free memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return psutil.virtual_memory().available // jax.local_device_count()
 
 
-def check_memory(needed: int, there: int) -> str:
-    """A line for the user.
+def check_memory(needed: int, available: int) -> str:
+    """Returns a line that compares the two.
 
     Raises:
       MemoryError: if the step does not fit; it says what to do.
     """
-    line = (
-        f"the step needs {needed / _GIB:.2f} GiB on each device, {there / _GIB:.2f} GiB are there"
-    )
-    if needed > _USABLE * there:
+    there = f"{available / _GIB:.2f} GiB are there"
+    line = f"the step needs {needed / _GIB:.2f} GiB on each device, {there}"
+    if needed > _USABLE * available:
         raise MemoryError(
-            f"{line}: lower --config.batch_size, or share the parameters among devices with --config.fsdp"
+            f"{line}: lower --config.batch_size, or share the parameters among devices with "
+            "--config.fsdp"
         )
     return line
+
+
+memory_there = available_memory  # for training/run.py
