@@ -1,11 +1,11 @@
-"""Every benchmark of training speed, one after another, and the page of what they gave.
+"""Runs every benchmark of training speed in turn, and writes the page of their results.
 
     cd experiments && TFDS_DATA_DIR=DIR python -m benchmarks
     cd experiments && python -m benchmarks --only=optimizer_step,scaling --authors=CLONE
 
-On a CPU the whole training step is that of a ResNet-20 on small images; on an accelerator that of
-ResNet-50 at batch 256 in bfloat16. It takes about an hour, most of it for the runs of
-`multiplier_state`; nothing else should run beside it.
+The whole training step is that of ResNet-20 on small images on a CPU, and of ResNet-50 at batch 256
+in bfloat16 on an accelerator. This takes about an hour, mostly for the runs of `multiplier_state`;
+nothing else should run at the same time.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ _SMALL_NETWORK = (
     *("--network=resnet20", "--num_classes=10", "--image_size=32", "--batch_size=64"),
     *("--dtype=float32", "--steps=3", "--repetitions=9"),
 )
-# On an accelerator a step takes microseconds, so more of them are timed together.
+# A step takes microseconds on an accelerator, so more of them are timed together.
 _MANY = {"optimizer_step": "--steps=50", "forward_quantize": "--calls=50", "scaling": "--steps=10"}
 _WITH_AUTHORS = ("optimizer_step", "forward_quantize")
 NAMES = (
@@ -33,7 +33,7 @@ NAMES = (
 _ONLY = flags.DEFINE_list(
     "only",
     list(NAMES),
-    "Those to run; an empty list writes the page from the results that are there.",
+    "Benchmarks to run; an empty list only writes the page from existing results.",
 )
 _AUTHORS = flags.DEFINE_string(
     "authors", "", "A clone of the authors' repository, dooseokjeong/CBP; needs torch."
@@ -41,7 +41,7 @@ _AUTHORS = flags.DEFINE_string(
 
 
 def commands(name: str, accelerator: bool) -> list[list[str]]:
-    """Arguments of a benchmark's module: of each time it is to run."""
+    """Returns a benchmark's command-line arguments, once for each time it is to run."""
     if name == "multiplier_state":
         return [["--experiment=digits"], ["--experiment=fashion_mnist"]]
     if name == "train_step":
@@ -58,12 +58,9 @@ def main(argv: list[str]) -> None:
     wanted = [name for name in _ONLY.value if name]
     if unknown := set(wanted) - set(NAMES):
         raise app.UsageError(f"--only={','.join(sorted(unknown))} is none of {', '.join(NAMES)}")
-    # In a process of its own, or it would keep the device's memory from those that are timed.
+    # In a process of its own, which frees the device's memory for the benchmarks.
     ask = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
-    accelerator = (
-        bool(wanted)
-        and subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() != "cpu"
-    )
+    accelerator = bool(wanted) and subprocess.check_output(ask, text=True).strip() != "cpu"
     failed = []
     for name in wanted:
         for arguments in commands(name, accelerator):
@@ -73,9 +70,7 @@ def main(argv: list[str]) -> None:
                 failed.append(" ".join(command[2:]))
     page.write()
     if failed:
-        sys.exit(
-            f"error: these failed, and the page has what was there before: {'; '.join(failed)}"
-        )
+        sys.exit(f"error: these failed, and the page has their old results: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The step of the authors' PyTorch code (dooseokjeong/CBP), from a clone of it, on the tensors of
-our benchmarks.
+"""The authors' PyTorch step (dooseokjeong/CBP) on the tensors of our benchmarks, from a clone.
 
-Nothing of theirs is here: their `module.py` is imported from the clone. What their training loop
-does to the weights in a step is called as it calls it: the constraint of every layer, the sum of
-the Lagrangian, the backward pass through both, the clipping of gradients, the optimizer, the clamp.
-The gradient of the loss is given, as in ours.
+None of their code is here: their `module.py` is imported from the clone, and called as their
+training loop calls it in a step: every layer's constraint, the sum of the Lagrangian, the backward
+pass through both, gradient clipping, the optimizer, the clamp. The loss's gradient is given, as in
+ours.
 """
 
 import importlib.util
@@ -18,20 +17,18 @@ import numpy as np
 
 PyTree = Any
 PLAIN = "PyTorch SGD with momentum"
-# Their names of the constraints.
+# Their names for the constraints.
 _MODES = {"binary": "bin", "ternary": "ter", "one_bit_shift": "1bit", "two_bit_shift": "2bit"}
 _WINDOW = 5
 
 
 def load(clone: str) -> ModuleType:
-    """Their module, for whatever device there is: it asks for CUDA by name."""
+    """Imports their module, which asks for CUDA by name, for whatever device there is."""
     import torch
 
     path = pathlib.Path(clone) / "module.py"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no module.py in {clone}: give a clone of dooseokjeong/CBP"
-        )
+        raise FileNotFoundError(f"no module.py in {clone}: give a clone of dooseokjeong/CBP")
     if not torch.cuda.is_available():
         tensor_class: Any = torch.Tensor
         tensor_class.cuda = lambda self, *args, **kwargs: self
@@ -46,10 +43,8 @@ def load(clone: str) -> ModuleType:
 def _to_torch(tree: PyTree) -> list[Any]:
     import torch
 
-    return [
-        torch.from_numpy(np.array(leaf)).to("cuda" if torch.cuda.is_available() else "cpu")
-        for leaf in jax.tree.leaves(tree)
-    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [torch.from_numpy(np.array(leaf)).to(device) for leaf in jax.tree.leaves(tree)]
 
 
 def _wait() -> None:
@@ -62,7 +57,10 @@ def _wait() -> None:
 def steps(
     clone: str, params: PyTree, grads: PyTree, mask: PyTree, constraints: Iterable[str], count: int
 ) -> dict[str, Callable[[], list[Any]]]:
-    """Their plain step and their step under each constraint, `count` at a call, which gives the tensors."""
+    """Returns their plain step and their step under each constraint.
+
+    A call takes `count` steps and returns the tensors.
+    """
     import torch
 
     module = load(clone)
@@ -70,14 +68,10 @@ def steps(
 
     def make(constraint: str | None) -> Callable[[], list[Any]]:
         tensors, gradients = _to_torch(params), _to_torch(grads)
-        optimizer = torch.optim.SGD(
-            tensors, lr=1e-3, momentum=0.9, weight_decay=0.0 if constraint is None else 1e-4
-        )
-        chosen = (
-            [tensor for tensor, flag in zip(tensors, flags, strict=True) if flag]
-            if constraint
-            else []
-        )
+        decay = 1e-4 if constraint else 0.0
+        optimizer = torch.optim.SGD(tensors, lr=1e-3, momentum=0.9, weight_decay=decay)
+        pairs = zip(tensors, flags, strict=True)
+        chosen = [tensor for tensor, flag in pairs if flag and constraint]
         layer = module.QLinear(2, 2, mode=_MODES[constraint]) if constraint else None
         scales = [tensor.abs().mean().reshape(1) for tensor in chosen]
         multipliers = [torch.full_like(tensor, 1e-3) for tensor in chosen]
@@ -108,23 +102,18 @@ def steps(
 
         return run
 
-    return {PLAIN: make(None)} | {
-        f"their step, {constraint}": make(constraint) for constraint in constraints
-    }
+    return {PLAIN: make(None)} | {f"their step, {name}": make(name) for name in constraints}
 
 
 def quantizers(
     clone: str, params: PyTree, mask: PyTree, constraints: Iterable[str]
 ) -> dict[str, Callable[[], None]]:
-    """Their forward quantizer on all constrained tensors, under each constraint."""
+    """Returns their forward quantizer under each constraint, on all constrained tensors."""
     import torch
 
     module = load(clone)
-    chosen = [
-        tensor
-        for tensor, flag in zip(_to_torch(params), jax.tree.leaves(mask), strict=True)
-        if flag
-    ]
+    pairs = zip(_to_torch(params), jax.tree.leaves(mask), strict=True)
+    chosen = [tensor for tensor, flag in pairs if flag]
     scales = [tensor.abs().mean().reshape(1) for tensor in chosen]
 
     def make(constraint: str) -> Callable[[], None]:
@@ -138,4 +127,4 @@ def quantizers(
 
         return run
 
-    return {f"their quantizer, {constraint}": make(constraint) for constraint in constraints}
+    return {f"their quantizer, {name}": make(name) for name in constraints}

@@ -1,11 +1,10 @@
-"""How the constraint closes under other learning rates, multiplier rates and window growths: an MLP
-on scikit-learn's digits.
+"""How the constraint closes with the learning rate, the multiplier rate and the window growth.
 
     cd experiments && python -m benchmarks.closing
 
-From the same pre-trained weights, with as many steps each; the schedule has 60 multiplier updates.
-A multiplier rate of 0 is the straight-through estimator alone. Nothing is timed. Writes
-`results/closing.json` and `.md`.
+Trains an MLP on scikit-learn's digits from the same pre-trained weights, for the same number of
+steps; the schedule has 60 multiplier updates. A multiplier rate of 0 is the straight-through
+estimator alone. Nothing is timed. Writes `results/closing.json` and `.md`.
 """
 
 import itertools
@@ -19,7 +18,7 @@ import numpy as np
 import optax
 from absl import app, flags
 from benchmarks import timing
-from common.input import in_memory as data
+from common.input.in_memory import load_digits
 from common.report.tables import format_table
 
 import cbp_jax
@@ -42,8 +41,8 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
     "AdamW, cosine": lambda steps: optax.adamw(optax.cosine_decay_schedule(1e-3, steps)),
 }
 
-_STEPS = flags.DEFINE_integer("steps", 3000, "Of each run.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each kind.")
+_STEPS = flags.DEFINE_integer("steps", 3000, "Steps per run.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs per setting.")
 
 
 class Digits(NamedTuple):
@@ -56,14 +55,8 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    digits = data.load_digits()
-    flat = (digits.train_images.reshape(-1, WIDTHS[0]), digits.test_images.reshape(-1, WIDTHS[0]))
-    return Digits(
-        jnp.asarray(flat[0]),
-        jnp.asarray(digits.train_labels),
-        jnp.asarray(flat[1]),
-        jnp.asarray(digits.test_labels),
-    )
+    train_x, train_y, test_x, test_y = map(jnp.asarray, load_digits())
+    return Digits(train_x.reshape(-1, WIDTHS[0]), train_y, test_x.reshape(-1, WIDTHS[0]), test_y)
 
 
 def initial(key: jax.Array) -> PyTree:
@@ -96,25 +89,25 @@ def train(
     key: jax.Array,
     constrained: bool,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """The weights after the last step; of a constrained run also CFS / scale on the way and the accuracies at the end."""
+    """Trains for some steps.
 
-    def step(
-        carry: tuple[PyTree, PyTree], index: jax.Array
-    ) -> tuple[tuple[PyTree, PyTree], jax.Array]:
+    Returns:
+      The weights, and of a constrained run CFS / scale on the way and the accuracies at the end.
+    """
+
+    def step(carry: PyTree, index: jax.Array) -> tuple[PyTree, jax.Array]:
         params, state = carry
 
         def loss_fn(weights: PyTree) -> jax.Array:
             logits = forward(weights, digits.x[index])
             return optax.softmax_cross_entropy_with_integer_labels(logits, digits.y[index]).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(
-            cbp_jax.quantize(params, state) if constrained else params
-        )
+        weights = cbp_jax.quantize(params, state) if constrained else params
+        loss, grads = jax.value_and_grad(loss_fn)(weights)
         updates, state = optimizer.update(grads, state, params, value=loss)
-        params = optax.apply_updates(params, updates)
-        score = (
-            cbp_jax.constraint_failure_score(params, state, relative=True) if constrained else loss
-        )
+        params, score = optax.apply_updates(params, updates), loss
+        if constrained:
+            score = cbp_jax.constraint_failure_score(params, state, relative=True)
         return (params, state), score
 
     batches = jax.random.randint(key, (steps, BATCH), 0, len(digits.y))
@@ -130,18 +123,12 @@ def train(
 
 
 def measure(steps: int, seeds: int) -> list[dict[str, Any]]:
-    """One row per kind of run, with a figure for each seed."""
+    """Returns one row per setting, with one value per seed."""
     digits, keys = load(), jax.random.split(jax.random.key(0), (2, seeds))
 
     def pretrain(key: jax.Array) -> PyTree:
-        return train(
-            digits,
-            initial(key),
-            optax.with_extra_args_support(optax.adam(3e-3)),
-            max(steps // 2, 1),
-            key,
-            False,
-        )[0]
+        adam = optax.with_extra_args_support(optax.adam(3e-3))
+        return train(digits, initial(key), adam, max(steps // 2, 1), key, False)[0]
 
     pretrained = jax.jit(jax.vmap(pretrain))(keys[0])
     before = jax.vmap(lambda params: accuracy(digits, params))(pretrained)
@@ -166,23 +153,23 @@ def measure(steps: int, seeds: int) -> list[dict[str, Any]]:
             return train(digits, params, optimizer, steps, key, True)[1]
 
         ends = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(pretrained, keys[1]))
-        row = {
-            "optimizer": name,
-            "growth": growth if rate else "",
-            "constraint": constraint,
-            "rate": rate,
-        }
         rows.append(
-            row
-            | {"full_precision": before.tolist()}
-            | {end: ends[end].tolist() for end in ("quantized", "latent")}
-            | {"cfs": ends["cfs"].mean(axis=0).tolist()}
+            {
+                "optimizer": name,
+                "growth": growth if rate else "",
+                "constraint": constraint,
+                "rate": rate,
+                "full_precision": before.tolist(),
+                "quantized": ends["quantized"].tolist(),
+                "latent": ends["latent"].tolist(),
+                "cfs": ends["cfs"].mean(axis=0).tolist(),
+            }
         )
     return rows
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of the table: CFS / scale after each quarter of the steps, and accuracies at the end."""
+    """Formats a row of the table: CFS / scale after each quarter, and accuracies at the end."""
     accuracies = [f"{100 * statistics.mean(row[end]):.1f}" for end in ("quantized", "latent")]
     return (
         row["optimizer"],
@@ -213,15 +200,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     before = 100 * statistics.mean(results["runs"][0]["full_precision"])
     return (
         "# How the constraint closes\n"
-        f"An MLP of widths {', '.join(map(str, WIDTHS))} on scikit-learn's digits, its inner layers constrained; "
-        f"{results['steps']:,} steps of {BATCH} images and {UPDATES} multiplier updates; means over {results['seeds']} seeds; "
-        f"{timing.described(results)}. Full precision before: {before:.1f}%. A window grows by 1 up to 10, then by 10 (the paper's "
-        "rule) or by half. The last two columns are accuracies on the test images: of the quantized weights, and of the latent "
-        "weights as they are, without a quantizer. By `python -m benchmarks.closing`.\n\n"
+        f"An MLP of widths {', '.join(map(str, WIDTHS))} on scikit-learn's digits, with its inner "
+        f"layers constrained; {results['steps']:,} steps of {BATCH} images and {UPDATES} "
+        f"multiplier updates; means over {results['seeds']} seeds; {timing.described(results)}. "
+        f"Full precision before: {before:.1f}%. The window g grows by 1 up to 10, then by 10 (the "
+        "paper's rule) or by half. The last two columns are test accuracies of the quantized "
+        "weights, and of the latent weights without a quantizer. By "
+        "`python -m benchmarks.closing`.\n\n"
         f"{table(results['runs'])}\n"
     )
 

@@ -1,16 +1,14 @@
-"""How many photos a second does a core decode, and turn into training and evaluation images, with
-which library?
+"""Photos per second and core, decoded and turned into training and evaluation images, by library.
 
     cd experiments && python -m benchmarks.decoders --data_dir=DIR
 
 DIR is a TFDS folder with `imagenet2012` or a folder tree `train/<class>/*.JPEG`. One process, one
-thread, processor time; the candidates take turns, so that other load meets them all, and the
+thread, processor time; the candidates take turns, so that other load affects them all, and the
 medians count. Writes `results/decoders.json` and `.md`.
 """
 
 import importlib.metadata
 import io
-import json
 import os
 import pathlib
 import platform
@@ -23,25 +21,23 @@ import cv2
 import numpy as np
 import simplejpeg
 from absl import app, flags
-from common.input import decode as photos
+from benchmarks import timing
+from common.input.decode import decode_eval, decode_rgb, decode_train, random_crop
 from common.input.sources import FolderSource, Source, TfdsSource
+from common.report.tables import format_table
 from PIL import Image
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "simplejpeg")
-SHORT_SIDES = (
-    None,
-    375,
-    750,
-)  # of the photos; None: as they are. 375 is usual in ImageNet, and some photos are far larger
+# Of the photos; None: unchanged. 375 is common in ImageNet, and some photos are far larger.
+SHORT_SIDES = (None, 375, 750)
 SIZE, RESIZE = 224, 256
 BILINEAR = Image.Resampling.BILINEAR
 OURS = "simplejpeg scaled + OpenCV"
 OURS_EVAL = "simplejpeg + Pillow"
 
-Decode = Callable[
-    [bytes, float], np.ndarray
-]  # the file and the factor by which it may be decoded smaller, at least 1
+# Of the file, and the factor, at least 1, by which it may be decoded smaller.
+Decode = Callable[[bytes, float], np.ndarray]
+Candidate = Callable[[bytes, np.random.Generator], np.ndarray]
 
 
 def pillow(data: bytes, factor: float) -> np.ndarray:
@@ -65,9 +61,8 @@ def opencv_scaled(data: bytes, factor: float) -> np.ndarray:
         4: cv2.IMREAD_REDUCED_COLOR_4,
         8: cv2.IMREAD_REDUCED_COLOR_8,
     }
-    return _opencv(
-        data, flags_of[max(possible for possible in flags_of if possible <= max(factor, 1))]
-    )
+    possible = max(reduction for reduction in flags_of if reduction <= max(factor, 1))
+    return _opencv(data, flags_of[possible])
 
 
 def _opencv(data: bytes, how: int) -> np.ndarray:
@@ -77,11 +72,11 @@ def _opencv(data: bytes, how: int) -> np.ndarray:
 
 
 def simplejpeg_full(data: bytes, factor: float) -> np.ndarray:
-    return photos.decode_rgb(data)
+    return decode_rgb(data)
 
 
 def simplejpeg_scaled(data: bytes, factor: float) -> np.ndarray:
-    return photos.decode_rgb(data, factor)
+    return decode_rgb(data, factor)
 
 
 DECODERS: dict[str, Decode] = {
@@ -94,14 +89,21 @@ DECODERS: dict[str, Decode] = {
 }
 
 
-def train_transform(
-    decode: Decode, resizer: str
-) -> Callable[[bytes, np.random.Generator], np.ndarray]:
-    """Random crop and flip with a decoder and "Pillow" or "OpenCV" for the resizing."""
+def resize(pixels: np.ndarray, height: int, width: int, resizer: str) -> np.ndarray:
+    """Resizes with "Pillow" or "OpenCV"."""
+    if resizer == "Pillow":
+        return np.asarray(Image.fromarray(pixels).resize((width, height), BILINEAR))
+    shrinks = min(pixels.shape[:2]) >= min(height, width)
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(pixels, (width, height), interpolation=method)
+
+
+def train_transform(decode: Decode, resizer: str) -> Candidate:
+    """Random crop and flip with the given decoder and resizer."""
 
     def transform(data: bytes, rng: np.random.Generator) -> np.ndarray:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        top, left, crop_height, crop_width = photos.random_crop(height, width, rng)
+        top, left, crop_height, crop_width = random_crop(height, width, rng)
         flip = rng.random() < 0.5
         pixels = decode(data, min(crop_height, crop_width) / SIZE)
         down, across = pixels.shape[0] / height, pixels.shape[1] / width
@@ -111,48 +113,28 @@ def train_transform(
                 round(left * across) : round((left + crop_width) * across),
             ]
         )
-        if resizer == "Pillow":
-            resized = np.asarray(Image.fromarray(crop).resize((SIZE, SIZE), BILINEAR))
-        else:
-            area = min(crop.shape[:2]) >= SIZE
-            resized = cv2.resize(
-                crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR
-            )
+        resized = resize(crop, SIZE, SIZE, resizer)
         return np.ascontiguousarray(resized[:, ::-1]) if flip else resized
 
     return transform
 
 
-def eval_transform(
-    decode: Decode, resizer: str
-) -> Callable[[bytes, np.random.Generator], np.ndarray]:
-    """Resize and centre crop with a decoder and "Pillow" or "OpenCV" for the resizing."""
+def eval_transform(decode: Decode, resizer: str) -> Candidate:
+    """Resize and centre crop with the given decoder and resizer."""
 
     def transform(data: bytes, rng: np.random.Generator) -> np.ndarray:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         short = min(height, width)
         new_height, new_width = RESIZE * height // short, RESIZE * width // short
-        pixels = decode(data, short / RESIZE)
-        if resizer == "Pillow":
-            resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), BILINEAR))
-        else:
-            area = min(pixels.shape[:2]) >= RESIZE
-            resized = cv2.resize(
-                pixels,
-                (new_width, new_height),
-                interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR,
-            )
+        resized = resize(decode(data, short / RESIZE), new_height, new_width, resizer)
         top, left = round((new_height - SIZE) / 2), round((new_width - SIZE) / 2)
         return resized[top : top + SIZE, left : left + SIZE]
 
     return transform
 
 
-Candidate = Callable[[bytes, np.random.Generator], np.ndarray]
-
-
 def candidates() -> dict[str, dict[str, Candidate]]:
-    """What is measured: task -> name -> function."""
+    """Returns the functions to measure by task and name."""
 
     def half(decode: Decode) -> Candidate:
         return lambda data, rng: decode(data, 2)
@@ -160,11 +142,11 @@ def candidates() -> dict[str, dict[str, Candidate]]:
     train, evaluate = {}, {}
     for name, decode in DECODERS.items():
         for resizer in ("Pillow", "OpenCV"):
-            if resizer in name or "simplejpeg" in name:  # a library needs no other to resize
+            if resizer in name or "simplejpeg" in name:  # Pillow and OpenCV resize themselves
                 train[f"{name} + {resizer}"] = train_transform(decode, resizer)
                 evaluate[f"{name} + {resizer}"] = eval_transform(decode, resizer)
-    train[OURS] = lambda data, rng: photos.decode_train(data, rng, SIZE)
-    evaluate[OURS_EVAL] = lambda data, rng: photos.decode_eval(data, RESIZE, SIZE)
+    train[OURS] = lambda data, rng: decode_train(data, rng, SIZE)
+    evaluate[OURS_EVAL] = lambda data, rng: decode_eval(data, RESIZE, SIZE)
     return {
         "decode": {name: half(decode) for name, decode in DECODERS.items()},
         "train": train,
@@ -175,7 +157,7 @@ def candidates() -> dict[str, dict[str, Candidate]]:
 def measure(
     functions: Mapping[str, Candidate], files: list[bytes], repetitions: int
 ) -> dict[str, float]:
-    """Images per second of processor time, median over the repetitions."""
+    """Returns images per second of processor time, the median over the repetitions."""
     speeds: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions):
         for name, function in functions.items():
@@ -190,36 +172,31 @@ def measure(
 def differences(
     functions: Mapping[str, Candidate], files: list[bytes]
 ) -> dict[str, tuple[int, float]]:
-    """Greatest and mean difference of evaluation images to those of Pillow alone, in levels of 256."""
+    """Compares evaluation images to Pillow's: largest and mean difference, in levels of 256."""
     rng = np.random.default_rng(0)
     reference = [functions["Pillow + Pillow"](data, rng).astype(int) for data in files]
     found = {}
     for name, function in functions.items():
-        gaps = [
-            np.abs(function(data, rng) - expected)
-            for data, expected in zip(files, reference, strict=True)
-        ]
-        found[name] = (
-            max(int(gap.max()) for gap in gaps),
-            float(np.mean([gap.mean() for gap in gaps])),
-        )
+        pairs = zip(files, reference, strict=True)
+        gaps = [np.abs(function(data, rng) - expected) for data, expected in pairs]
+        mean = float(np.mean([gap.mean() for gap in gaps]))
+        found[name] = (max(int(gap.max()) for gap in gaps), mean)
     return found
 
 
 def enlarged(data: bytes, short_side: int) -> bytes:
-    """The photo with another shorter side, as JPEG of quality 90."""
+    """Resizes the photo to another shorter side, as JPEG of quality 90."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     factor = short_side / min(image.size)
-    image = image.resize(
-        (round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC
-    )
+    size = (round(image.width * factor), round(image.height * factor))
+    image = image.resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Returns the processor's name."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next(
@@ -229,49 +206,49 @@ def cpu_model() -> str:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The report as tables."""
+    """Formats the results as a page."""
     libraries = ", ".join(f"{name} {version}" for name, version in results["libraries"].items())
-    lines = [
-        "# Images per second and core",
-        f"{results['cpu']}, Python {results['python']}, {libraries}; one thread, processor time, medians over "
-        f"{results['repetitions']} passes in turn over {results['photos']} photos. By `experiments/benchmarks/decoders.py`.",
-        "",
-        "`decode` is the file to RGB, at half size where it says scaled. `train` is random crop, resize to 224 and flip; scaled "
-        "decoding serves crops that are shrunk by two or more. `eval` is resize to 256 and centre crop 224; difference is to "
-        "Pillow alone, greatest and mean, of 256 levels. In bold what `common/photos.py` does. Enlarged photos were resampled "
-        "(bicubic) and encoded again (quality 90): they have the size of large photos, not their detail.",
+    parts = [
+        "# Images per second and core\n"
+        f"{results['cpu']}, Python {results['python']}, {libraries}; one thread, processor time; "
+        f"medians over {results['repetitions']} passes, taken in turns, over {results['photos']} "
+        "photos. By `python -m benchmarks.decoders`.",
+        "`decode` is the file to RGB, at half size where scaled. `train` is a random crop, resized "
+        "to 224 and flipped; scaled decoding serves crops that are shrunk by two or more. `eval` "
+        "is resizing to 256 and the centre crop of 224; the difference, largest and mean, is from "
+        "Pillow alone, in levels of 256. Bold: the ones in `common/input/decode.py`. Enlarged "
+        "photos were resampled (bicubic) and re-compressed as JPEG (quality 90): they have the "
+        "size of large photos, not their detail.",
     ]
     for sizes in results["sizes"]:
-        lines += [
-            "",
-            f"## {sizes['name']}: {sizes['width']:.0f} x {sizes['height']:.0f} pixels and {sizes['kilobytes']:.0f} kB in the mean",
-        ]
-        for task, rows in sizes["images_per_second"].items():
-            is_eval = task == "eval"
-            lines += [
-                "",
-                f"| {task} | images/s |" + (" difference |" if is_eval else ""),
-                "| --- | --- |" + (" --- |" if is_eval else ""),
-            ]
-            for name, speed in rows.items():
-                chosen = name == {"train": OURS, "eval": OURS_EVAL}.get(task)
-                row = f"| **{name}** | **{speed:.0f}** |" if chosen else f"| {name} | {speed:.0f} |"
-                lines.append(
-                    row + (" {}, {:.2f} |".format(*sizes["difference"][name]) if is_eval else "")
-                )
-    return "\n".join(lines) + "\n"
+        parts.append(
+            f"## {sizes['name']}: on average {sizes['width']:.0f} x {sizes['height']:.0f} pixels "
+            f"and {sizes['kilobytes']:.0f} kB"
+        )
+        for task, speeds in sizes["images_per_second"].items():
+            chosen = {"train": OURS, "eval": OURS_EVAL}.get(task)
+            rows = []
+            for name, speed in speeds.items():
+                cells = [name, f"{speed:.0f}"]
+                if name == chosen:
+                    cells = [f"**{cell}**" for cell in cells]
+                if task == "eval":
+                    cells.append("{}, {:.2f}".format(*sizes["difference"][name]))
+                rows.append(cells)
+            header = (task, "images/s", "difference") if task == "eval" else (task, "images/s")
+            parts.append(format_table(header, rows))
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints and writes."""
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     data_dir, count, repetitions = flags.FLAGS.data_dir, flags.FLAGS.photos, flags.FLAGS.repetitions
-    is_tree = data_dir and os.path.isdir(os.path.join(data_dir, "train"))
-    source: Source = (
-        FolderSource(data_dir, "train")
-        if is_tree
-        else TfdsSource("imagenet2012", "train", data_dir)
-    )
+    source: Source
+    if data_dir and os.path.isdir(os.path.join(data_dir, "train")):
+        source = FolderSource(data_dir, "train")
+    else:
+        source = TfdsSource("imagenet2012", "train", data_dir)
     originals = [source[i * len(source) // count].image for i in range(count)]
     cv2.setNumThreads(1)
     sizes = []
@@ -279,18 +256,15 @@ def main(argv: list[str]) -> None:
         files = [enlarged(data, short_side) for data in originals] if short_side else originals
         shapes = [simplejpeg.decode_jpeg_header(data)[:2] for data in files]
         tasks = candidates()
+        speeds = {task: measure(functions, files, repetitions) for task, functions in tasks.items()}
+        name = f"enlarged to a shorter side of {short_side}" if short_side else "as they are"
         sizes.append(
             {
-                "name": f"enlarged to a shorter side of {short_side}"
-                if short_side
-                else "as they are",
+                "name": name,
                 "height": statistics.mean(height for height, _ in shapes),
                 "width": statistics.mean(width for _, width in shapes),
                 "kilobytes": statistics.mean(len(data) for data in files) / 1000,
-                "images_per_second": {
-                    task: measure(functions, files, repetitions)
-                    for task, functions in tasks.items()
-                },
+                "images_per_second": speeds,
                 "difference": differences(tasks["eval"], files),
             }
         )
@@ -302,16 +276,11 @@ def main(argv: list[str]) -> None:
         "repetitions": repetitions,
         "sizes": sizes,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "decoders.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (RESULTS / "decoders.md").write_text(as_markdown(results))
-    print(as_markdown(results))
+    timing.write("decoders", results, as_markdown(results))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "data_dir", None, "TFDS folder, or folder tree; TFDS_DATA_DIR if not given."
-    )
-    flags.DEFINE_integer("photos", 48, "How many photos.", lower_bound=1)
-    flags.DEFINE_integer("repetitions", 7, "How many passes over them.", lower_bound=1)
+    flags.DEFINE_string("data_dir", None, "TFDS folder or folder tree; by default TFDS_DATA_DIR.")
+    flags.DEFINE_integer("photos", 48, "Number of photos.", lower_bound=1)
+    flags.DEFINE_integer("repetitions", 7, "Passes over them.", lower_bound=1)
     app.run(main)

@@ -1,11 +1,9 @@
-"""`quantize` on the parameters of ResNet-50, against a copy of the same arrays with the sign
-changed.
+"""The time of `quantize` on the parameters of ResNet-50, relative to that of negating them.
 
     cd experiments && python -m benchmarks.forward_quantize
-    cd experiments && python -m benchmarks.forward_quantize --authors=CLONE     # dooseokjeong/CBP;
-    needs torch
+    cd experiments && python -m benchmarks.forward_quantize --authors=CLONE  # needs torch
 
-Writes `results/forward_quantize.json` and `.md`.
+CLONE is one of dooseokjeong/CBP. Writes `results/forward_quantize.json` and `.md`.
 """
 
 import statistics
@@ -27,14 +25,12 @@ CONSTRAINTS = (
 )
 
 _AUTHORS = flags.DEFINE_string("authors", "", "A clone of the authors' repository.")
-_CALLS = flags.DEFINE_integer(
-    "calls", 2, "Calls timed together; more where one takes microseconds."
-)
-_TURNS = flags.DEFINE_integer("turns", 15, "Of each candidate.")
+_CALLS = flags.DEFINE_integer("calls", 2, "Calls timed together; give more for fast devices.")
+_TURNS = flags.DEFINE_integer("turns", 15, "Turns of each candidate.")
 
 
 def measure() -> dict[str, Any]:
-    """Of each candidate: milliseconds, and time over a copy."""
+    """Measures milliseconds of each candidate, and its time relative to a copy."""
     shapes, mask = weights.resnet50()
     params = weights.random(shapes, seed=0)
 
@@ -43,12 +39,12 @@ def measure() -> dict[str, Any]:
 
         def run() -> Any:
             for _ in range(_CALLS.value):
-                result = compiled(*args)  # those before are freed
+                result = compiled(*args)  # frees the one before
             return result
 
         return run
 
-    # With a change of sign: a mere copy XLA leaves to one core.
+    # A copy with the sign changed: XLA makes a plain one on a single core.
     candidates = {COPY: candidate(lambda tree: jax.tree.map(jnp.negative, tree), params)}
     for constraint in CONSTRAINTS:
         state = cbp_jax.cbp(constraint, mask=mask).init(params)
@@ -69,15 +65,16 @@ def measure() -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     rows = [
         (name, f"{row['milliseconds']:.2f}", f"{row['over_copy']:.2f}")
         for name, row in results["candidates"].items()
     ]
     return (
         "# The forward weights of ResNet-50\n"
-        f"`cbp_jax.quantize` on 25.6 million parameters, {timing.described(results)}; medians of {results['turns']} turns of "
-        f"{results['calls']} calls. By `python -m benchmarks.forward_quantize`.\n\n"
+        f"`cbp_jax.quantize` on 25.6 million parameters, {timing.described(results)}; medians of "
+        f"{results['turns']} turns of {results['calls']} calls. By "
+        "`python -m benchmarks.forward_quantize`.\n\n"
         f"{format_table(('constraint', 'ms', 'time over a copy'), rows)}\n"
     )
 

@@ -1,23 +1,21 @@
-"""What running from packed weights saves in memory, and what it costs in time: expanded at load, or
-unpacked at every call.
+"""Memory and time of inference from packed weights, expanded at load or unpacked at every call.
 
     cd experiments && python -m benchmarks.inference_memory
 
-Memory is what the compiled function says (`memory_analysis()`): its arguments, which are the
-weights and the input, and what it needs besides while it runs. Times are medians of calls that take
-turns. Writes `results/inference_memory.json` and `.md`.
+Memory is that of the compiled function (`memory_analysis()`): its arguments, which are the weights
+and the input, and its temporary memory. Times are medians of calls that take turns. Writes
+`results/inference_memory.json` and `.md`.
 """
 
-import json
-import pathlib
+import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from benchmarks import timing
 from common import models
 from common.report.tables import format_table
 from flax import nnx
@@ -25,17 +23,16 @@ from flax import nnx
 import cbp_jax
 
 PyTree = Any
-RESULTS = pathlib.Path(__file__).parent / "results"
 EXPAND = "expand, float32"
 
 _REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Calls of each candidate.")
-_LAYERS = flags.DEFINE_integer("layers", 8, "Of the stack of dense layers.")
-_WIDTH = flags.DEFINE_integer("width", 2048, "Of each of them.")
+_LAYERS = flags.DEFINE_integer("layers", 8, "Dense layers in the stack.")
+_WIDTH = flags.DEFINE_integer("width", 2048, "Width of each.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels each way, for ResNet-18.")
 
 
 class Case(NamedTuple):
-    """A network at ternary weights, and an input of batch 1."""
+    """A network with ternary weights, and an input of batch 1."""
 
     packed: cbp_jax.Packed
     template: PyTree
@@ -45,12 +42,9 @@ class Case(NamedTuple):
 
 def dense_stack() -> Case:
     """Square layers, one after another."""
-    keys = jax.random.split(jax.random.key(0), _LAYERS.value)
-    width = _WIDTH.value
-    params = {
-        f"layer{i}": jax.random.normal(key, (width, width)) / width**0.5
-        for i, key in enumerate(keys)
-    }
+    width, params = _WIDTH.value, {}
+    for i, key in enumerate(jax.random.split(jax.random.key(0), _LAYERS.value)):
+        params[f"layer{i}"] = jax.random.normal(key, (width, width)) / width**0.5
 
     def forward(params: PyTree, x: jax.Array) -> jax.Array:
         for i in range(_LAYERS.value):
@@ -62,7 +56,7 @@ def dense_stack() -> Case:
 
 
 def resnet18() -> Case:
-    """With random weights; the first and the last layer, and batch normalization, in float32."""
+    """Random weights; the first and the last layer, and batch normalization, in float32."""
     model = models.create("resnet18", rngs=nnx.Rngs(0))
     model.eval()
     graphdef, params, batch_stats = models.split_model(model)
@@ -77,8 +71,8 @@ def resnet18() -> Case:
     return Case(packed, tree, forward, jnp.ones((1, _IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)))
 
 
-def measure(case: Case) -> dict[str, dict[str, float]]:
-    """MiB and milliseconds of each way; the time over that of weights expanded to float32."""
+def measure(case: Case, repetitions: int) -> dict[str, dict[str, float]]:
+    """Measures MiB and milliseconds of each variant, and its time relative to `EXPAND`."""
 
     def plain(packed: cbp_jax.Packed, x: jax.Array) -> jax.Array:
         return case.forward(cbp_jax.unpack(packed, case.template), x)
@@ -86,7 +80,7 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
     def predict(**options: Any) -> Any:
         return cbp_jax.make_predict(case.forward, case.packed, case.template, **options)
 
-    candidates = {
+    functions = {
         EXPAND: predict(),
         "expand, bfloat16": predict(dtype=jnp.bfloat16),
         "packed": predict(weights="packed"),
@@ -94,36 +88,30 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
             jax.jit(plain), jax.device_put(case.packed)
         ),
     }
-    rows, compiled = {}, {}
-    for name, function in candidates.items():
-        compiled[name] = function.func.lower(*function.args, case.x).compile()
-        memory = compiled[name].memory_analysis()
+    rows, candidates = {}, {}
+    for name, function in functions.items():
+        compiled = function.func.lower(*function.args, case.x).compile()
+        candidates[name] = functools.partial(compiled, *function.args, case.x)
+        memory = compiled.memory_analysis()
         rows[name] = {
             "arguments": memory.argument_size_in_bytes / 2**20,
             "temporary": memory.temp_size_in_bytes / 2**20,
         }
-        compiled[name](*function.args, case.x)
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(_REPETITIONS.value):
-        for name, function in candidates.items():
-            started = time.perf_counter()
-            jax.block_until_ready(compiled[name](*function.args, case.x))
-            seconds[name].append(time.perf_counter() - started)
+    seconds = timing.take_turns(candidates, repetitions)
     for name, times in seconds.items():
         rows[name]["milliseconds"] = 1000 * statistics.median(times)
-        rows[name]["over"] = statistics.median(
-            a / b for a, b in zip(times, seconds[EXPAND], strict=True)
-        )
+        rows[name]["over"] = timing.ratio(seconds, name, EXPAND)
     return rows
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     header = ("weights", "arguments, MiB", "temporary, MiB", "together", "ms", "time over expand")
     parts = [
         "# Memory and time of inference from packed weights\n"
-        f"Ternary weights, batch 1, on {results['device']}, jax {results['jax']}; medians of {results['repetitions']} calls that "
-        "take turns. By `experiments/benchmarks/inference_memory.py`."
+        f"Ternary weights, batch 1, {timing.described(results)}; medians of "
+        f"{results['repetitions']} calls that take turns. By "
+        "`python -m benchmarks.inference_memory`."
     ]
     for name, rows in results["cases"].items():
         cells = [
@@ -144,23 +132,16 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    results = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "repetitions": _REPETITIONS.value,
+    repetitions, size = _REPETITIONS.value, _IMAGE_SIZE.value
+    stack = f"{_LAYERS.value} dense layers of {_WIDTH.value} x {_WIDTH.value}"
+    results = timing.environment() | {
+        "repetitions": repetitions,
         "cases": {
-            f"{_LAYERS.value} dense layers of {_WIDTH.value} x {_WIDTH.value}": measure(
-                dense_stack()
-            ),
-            f"ResNet-18, {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value} pixels": measure(resnet18()),
+            stack: measure(dense_stack(), repetitions),
+            f"ResNet-18, {size} x {size} pixels": measure(resnet18(), repetitions),
         },
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "inference_memory.json").write_text(
-        json.dumps(results, indent=1, allow_nan=False) + "\n"
-    )
-    (RESULTS / "inference_memory.md").write_text(as_markdown(results))
-    print(as_markdown(results))
+    timing.write("inference_memory", results, as_markdown(results))
 
 
 if __name__ == "__main__":

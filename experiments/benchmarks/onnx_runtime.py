@@ -1,18 +1,15 @@
-"""How fast are networks with integer weights in ONNX Runtime, and how exact? Against float32 there,
-and in JAX.
+"""Speed and exactness of integer weights in ONNX Runtime, against float32 there and in JAX.
 
     cd experiments && python -m benchmarks.onnx_runtime
-    cd experiments && python -m benchmarks.onnx_runtime --tiny    # a test of this script, which
-    writes nothing without --out
+    cd experiments && python -m benchmarks.onnx_runtime --tiny  # tests this script
 
-On the CPU, with as many threads as the libraries take by themselves. Weights are random, on ternary
-levels. The variants take turns, so that other load meets them all, and the medians count. Writes
-`results/onnx_runtime.json` and `.md`.
+On the CPU, with the libraries' default number of threads. Weights are random, on ternary levels.
+The variants take turns, so that other load affects them all, and the medians count. Writes
+`results/onnx_runtime.json` and `.md`; with --tiny only if --out is given.
 """
 
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -27,6 +24,7 @@ import jax
 import numpy as np
 import onnxruntime
 from absl import app, flags
+from benchmarks import timing
 from benchmarks.decoders import cpu_model
 from common import models
 from common.report.tables import format_table
@@ -37,46 +35,41 @@ import cbp_jax
 PyTree = Any
 Run = Callable[[], np.ndarray]
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 LIBRARIES = ("onnxruntime", "jax", "jax2onnx", "numpy")
 FLOAT, JAX = "float32", "JAX float32"
 INTEGERS = {"int4": "INT4", "int2": "INT2"}
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
-SLOWER, FASTER = 1.05, 0.95  # times of float32's; what lies between counts as equally fast
+SLOWER, FASTER = 1.05, 0.95  # relative to float32; in between counts as equally fast
 LEAST_ROUNDS = 3
 WARM_UP = 0.1  # seconds before each timed run, and at least one run
 
-_SECONDS = flags.DEFINE_float(
-    "seconds", 30, f"Of rounds for a case and batch; there are at least {LEAST_ROUNDS} of them."
-)
+_SECONDS = flags.DEFINE_float("seconds", 30, f"Per case and batch; {LEAST_ROUNDS} rounds or more.")
 _TINY = flags.DEFINE_bool("tiny", False, "Small sizes and few rounds, to test this script.")
-_OUT = flags.DEFINE_string(
-    "out", None, "Folder for the results; if not given `results`, or with --tiny none."
-)
+_OUT = flags.DEFINE_string("out", None, "Folder for the results; by default `results`.")
 
 
 class Case(NamedTuple):
-    """A network to be measured."""
+    """A network to measure."""
 
     name: str
-    model: Any  # as export_onnx takes it
+    model: Any  # as for export_onnx
     forward: Callable[[PyTree, jax.Array], jax.Array]
     params: PyTree
     constrained: str | None  # a pattern for `cbp_jax.select`; None: all
     shape: tuple[int, ...]  # of one input
-    multiplies: bool = False  # whether ONNX Runtime multiplies packed integers; if not, its accuracy level changes nothing
+    # Whether ONNX Runtime multiplies packed integers; if not, its accuracy level has no effect.
+    multiplies: bool = False
 
 
 class Chain(nnx.Module):
-    """Dense layers with what follows them in networks."""
+    """Dense layers, each with what follows it in networks."""
 
     def __init__(
         self, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool
     ):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List(
-            [nnx.Linear(width, width, use_bias=bias, rngs=rngs) for _ in range(3)]
-        )
+        layers = [nnx.Linear(width, width, use_bias=bias, rngs=rngs) for _ in range(3)]
+        self.layers = nnx.List(layers)
         self.norms = nnx.List([nnx.BatchNorm(width, rngs=rngs) if norm else None for _ in range(3)])
         self.activation = activation
 
@@ -87,7 +80,7 @@ class Chain(nnx.Module):
         return x
 
 
-# By name: the activation, whether there is a bias, whether there is a batch norm.
+# By name: activation, whether there is a bias, whether there is a batch norm.
 CHAINS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool, bool]] = {
     "relu": (jax.nn.relu, False, False),
     "gelu": (jax.nn.gelu, False, False),
@@ -99,7 +92,7 @@ CHAINS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool, bool]] = {
 def chain(
     name: str, width: int, activation: Callable[[jax.Array], jax.Array], bias: bool, norm: bool
 ) -> Case:
-    """Three dense layers one after another."""
+    """Three dense layers."""
     model = Chain(width, activation, bias, norm)
     model.eval()
     graphdef, params, batch_stats = models.split_model(model)
@@ -118,7 +111,7 @@ class Measured(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """What is measured."""
+    """Yields the cases to measure."""
     features, width, channels, image, photo = (
         (64, 32, 8, 8, 32) if _TINY.value else (4096, 2048, 256, 28, 224)
     )
@@ -127,9 +120,8 @@ def cases() -> Iterator[Case]:
         return x @ params["kernel"]
 
     params = {"kernel": jax.random.normal(jax.random.key(0), (features, features))}
-    yield Case(
-        f"dense {features}x{features}", dense, dense, params, None, (features,), multiplies=True
-    )
+    name = f"dense {features}x{features}"
+    yield Case(name, dense, dense, params, None, (features,), multiplies=True)
 
     for name, (activation, bias, norm) in CHAINS.items():
         yield chain(f"three dense layers of {width}, {name}", width, activation, bias, norm)
@@ -150,16 +142,14 @@ def cases() -> Iterator[Case]:
     def network(params: PyTree, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, batch_stats)(x)
 
-    yield Case(
-        f"ResNet-18, {photo}x{photo}", model, network, weights, model.constrained, (photo, photo, 3)
-    )
+    name, shape = f"ResNet-18, {photo}x{photo}", (photo, photo, 3)
+    yield Case(name, model, network, weights, model.constrained, shape)
 
 
 def variants(case: Case, folder: pathlib.Path) -> dict[str, Measured]:
-    """The variants of a case by name; the ONNX files are written to the folder."""
-    opt_state = cbp_jax.cbp("ternary", mask=cbp_jax.select(include=case.constrained)).init(
-        case.params
-    )
+    """Returns the variants of a case by name; writes the ONNX files to the folder."""
+    mask = cbp_jax.select(include=case.constrained)
+    opt_state = cbp_jax.cbp("ternary", mask=mask).init(case.params)
     example = jax.random.normal(jax.random.key(2), (2, *case.shape))
 
     def in_onnx(weight_type: str, options: Sequence[Mapping[str, str]]) -> list[Measured]:
@@ -175,17 +165,15 @@ def variants(case: Case, folder: pathlib.Path) -> dict[str, Measured]:
     weights = cbp_jax.quantize(case.params, opt_state)
     forward = jax.jit(case.forward)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    found[JAX] = Measured(
-        size, lambda x: lambda: np.asarray(forward(weights, x))
-    )  # as an array of NumPy, to wait for it
+    # Converted to numpy to wait for the result.
+    found[JAX] = Measured(size, lambda x: lambda: np.asarray(forward(weights, x)))
     return found
 
 
 def _session(path: pathlib.Path, config: Mapping[str, str]) -> Callable[[jax.Array], Run]:
     """Loads an ONNX file."""
     options = onnxruntime.SessionOptions()
-    # Threads that still wait actively for their next task would take time from the variant whose
-    # turn comes next.
+    # Threads that spin while they wait would slow down the next variant.
     for key, value in {"session.force_spinning_stop": "1", **config}.items():
         options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -198,7 +186,7 @@ def _session(path: pathlib.Path, config: Mapping[str, str]) -> Callable[[jax.Arr
 
 
 def measure(found: Mapping[str, Measured], x: jax.Array, seconds: float) -> dict[str, Any]:
-    """Rounds, and for each variant its size, median latency, that over float32's in ONNX, and the difference from JAX."""
+    """Measures each variant: bytes, median latency, also over float32's, difference from JAX."""
     runs = {name: variant.bind(x) for name, variant in found.items()}
     outputs, order = {name: run() for name, run in runs.items()}, list(runs)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -206,37 +194,29 @@ def measure(found: Mapping[str, Measured], x: jax.Array, seconds: float) -> dict
     for rounds in itertools.count():
         if rounds >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
             break
-        random.Random(rounds).shuffle(
-            order
-        )  # a variant leaves the next one its cache, and threads that come to rest late
+        # Shuffled, because a variant leaves the next one its cache and threads slow to stop.
+        random.Random(rounds).shuffle(order)
         for name in order:
             turn = time.perf_counter()
             while (before := time.perf_counter()) < turn + WARM_UP:
                 runs[name]()
             runs[name]()
             times[name].append(time.perf_counter() - before)
-    return {
-        "rounds": len(times[FLOAT]),
-        "variants": {
-            name: {
-                "bytes": found[name].bytes,
-                "milliseconds": 1000 * statistics.median(times[name]),
-                # A round's own float32 is the measure of the others in it: load that comes and goes
-                # then cancels.
-                "over_float32": statistics.median(
-                    a / b for a, b in zip(times[name], times[FLOAT], strict=True)
-                ),
-                "difference": float(
-                    np.max(np.abs(outputs[name] - outputs[JAX])) / np.max(np.abs(outputs[JAX]))
-                ),
-            }
-            for name in runs
-        },
+    largest = np.max(np.abs(outputs[JAX]))
+    rows = {
+        name: {
+            "bytes": found[name].bytes,
+            "milliseconds": 1000 * statistics.median(times[name]),
+            "over_float32": timing.ratio(times, name, FLOAT),
+            "difference": float(np.max(np.abs(outputs[name] - outputs[JAX])) / largest),
+        }
+        for name in runs
     }
+    return {"rounds": len(times[FLOAT]), "variants": rows}
 
 
 def measure_all() -> dict[str, Any]:
-    """All cases, each with all sizes of batches, and the machine."""
+    """Measures all cases with all batch sizes, and describes the machine."""
     seconds = 0.0 if _TINY.value else _SECONDS.value
     measured = []
     for case in cases():
@@ -256,25 +236,22 @@ def measure_all() -> dict[str, Any]:
 
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """Sentences that say where integers are slower, faster or as fast as float32 in ONNX Runtime."""
+    """Says where integers are slower than, faster than or as fast as float32 in ONNX Runtime."""
     slower = f"slower than float32 (more than {SLOWER:g} times its time)"
     faster = f"faster than float32 (less than {FASTER:g} times its time)"
     equal = "as fast as float32"
     places: dict[str, list[str]] = {slower: [], faster: [], equal: []}
     for entry in results["measured"]:
-        ratios = {
-            name: row["over_float32"]
-            for name, row in entry["variants"].items()
-            if name not in (FLOAT, JAX)
-        }
-        for verdict, found in places.items():
-            here = [
-                f"{name} {ratio:.2f}"
-                for name, ratio in ratios.items()
-                if verdict == (slower if ratio > SLOWER else faster if ratio < FASTER else equal)
-            ]
-            if here:
-                found.append(f"{entry['case']}, batch {entry['batch']} ({', '.join(here)})")
+        here: dict[str, list[str]] = {verdict: [] for verdict in places}
+        for name, row in entry["variants"].items():
+            if name not in (FLOAT, JAX):
+                ratio = row["over_float32"]
+                verdict = slower if ratio > SLOWER else faster if ratio < FASTER else equal
+                here[verdict].append(f"{name} {ratio:.2f}")
+        for verdict, names in here.items():
+            if names:
+                place = f"{entry['case']}, batch {entry['batch']} ({', '.join(names)})"
+                places[verdict].append(place)
     return [
         f"Integer weights are {verdict} for: {'; '.join(found) or 'none'}."
         for verdict, found in places.items()
@@ -282,17 +259,20 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     libraries = ", ".join(f"{name} {version}" for name, version in results["libraries"].items())
-    lines = [
-        "# Integer weights in ONNX Runtime",
-        f"{results['cpu']}, {results['cores']} cores, Python {results['python']}, {libraries}; medians over rounds in which each "
-        f"variant runs once, after {WARM_UP:g} s of warming up. By `experiments/benchmarks/onnx_runtime.py`.\n",
-        f"`{FLOAT}` and the integers are files of `export_onnx`, with the same ternary weights; `exact` is with the session option "
-        f"{', '.join(f'`{key}` = `{value}`' for key, value in EXACT.items())}, `default` without; where no matrix product takes "
-        f"packed integers it changes nothing. `{JAX}` is compiled, with the weights as arguments, and its size is that of the "
-        f"weights. Time over float32 is the median of the rounds' ratios to `{FLOAT}`; the difference is the largest from JAX's "
-        "outputs, as a share of the largest.",
+    options = ", ".join(f"`{key}` = `{value}`" for key, value in EXACT.items())
+    parts = [
+        "# Integer weights in ONNX Runtime\n"
+        f"{results['cpu']}, {results['cores']} cores, Python {results['python']}, {libraries}; "
+        "medians over rounds in which each variant runs once, after "
+        f"{WARM_UP:g} s of warm-up. By `python -m benchmarks.onnx_runtime`.",
+        f"`{FLOAT}` and the integers are files of `export_onnx` with the same ternary weights; "
+        f"`exact` has the session option {options}, `default` has not (it has no effect where no "
+        f"matrix product takes packed integers). `{JAX}` is compiled, with the weights as "
+        "arguments, and its size is that of the weights. Time over float32 is the median of the "
+        f"rounds' ratios to `{FLOAT}`; the difference is the largest from JAX's outputs, relative "
+        "to the largest output.",
     ]
     for entry in results["measured"]:
         rows = [
@@ -305,18 +285,15 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             )
             for name, row in entry["variants"].items()
         ]
-        table = format_table(("weights", "MB", "ms", "time over float32", "difference"), rows)
-        lines += [
-            "",
-            f"## {entry['case']}, batch {entry['batch']} ({entry['rounds']} rounds)",
-            "",
-            table,
-        ]
-    lines += ["", "## Slower or faster", "", *(f"- {sentence}" for sentence in verdicts(results))]
-    return (
-        "\n".join([*lines, "", "The figures are of this run on this machine; others may differ."])
-        + "\n"
-    )
+        title = f"## {entry['case']}, batch {entry['batch']} ({entry['rounds']} rounds)"
+        header = ("weights", "MB", "ms", "time over float32", "difference")
+        parts.append(f"{title}\n{format_table(header, rows)}")
+    sentences = "\n".join(f"- {sentence}" for sentence in verdicts(results))
+    parts += [
+        f"## Slower or faster\n{sentences}",
+        "These results are of one run on one machine; others may differ.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> None:
@@ -324,15 +301,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     jax.config.update("jax_platforms", "cpu")  # where ONNX Runtime computes
     results = measure_all()
-    out = _OUT.value or (None if _TINY.value else RESULTS)
+    out = _OUT.value or (None if _TINY.value else timing.RESULTS)
     if out:
-        folder = pathlib.Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "onnx_runtime.json").write_text(
-            json.dumps(results, indent=1, allow_nan=False) + "\n"
-        )
-        (folder / "onnx_runtime.md").write_text(as_markdown(results))
-    print(as_markdown(results))
+        timing.write("onnx_runtime", results, as_markdown(results), pathlib.Path(out))
+    else:
+        print(as_markdown(results))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""The optimizer's step on the parameters of ResNet-50: plain SGD with momentum, and CBP before it,
-under every constraint.
+"""The optimizer's step on ResNet-50: SGD with momentum, plain and after CBP under each constraint.
 
     cd experiments && python -m benchmarks.optimizer_step
-    cd experiments && python -m benchmarks.optimizer_step --authors=CLONE     # dooseokjeong/CBP;
-    needs torch
+    cd experiments && python -m benchmarks.optimizer_step --authors=CLONE  # needs torch
 
-A step is `optimizer.update` and `optax.apply_updates`, jitted, its parameters and state donated;
-each is timed with the loss, and without it, which leaves out the Lagrangian's sum. Memory and
-compile time are those of the compiled step. With the authors' code the same tensors go through its
-constraint function and its optimizer, as its training loop calls them, in turns with ours. Writes
-`results/optimizer_step.json` and `.md`.
+A step is `optimizer.update` and `optax.apply_updates`, jitted, with donated parameters and state.
+Each is timed with and without the loss, which the Lagrangian's sum needs. Memory and compile time
+are those of the compiled step. CLONE is one of the authors' code, dooseokjeong/CBP: the same
+tensors go through its constraint function and its optimizer, as its training loop calls them, in
+turns with ours. Writes `results/optimizer_step.json` and `.md`.
 """
 
 import statistics
@@ -31,14 +29,12 @@ PLAIN = "SGD with momentum"
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
 
 _AUTHORS = flags.DEFINE_string("authors", "", "A clone of the authors' repository.")
-_STEPS = flags.DEFINE_integer(
-    "steps", 2, "Steps timed together; more where a step takes microseconds."
-)
-_TURNS = flags.DEFINE_integer("turns", 15, "Of each candidate.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Steps timed together; give more for fast devices.")
+_TURNS = flags.DEFINE_integer("turns", 15, "Turns of each candidate.")
 
 
 def optimizers(mask: Any) -> Iterator[tuple[str, optax.GradientTransformation, bool]]:
-    """Name, optimizer, and whether it is given the loss."""
+    """Yields names, optimizers, and whether each is given the loss."""
     sgd = optax.sgd(1e-3, momentum=0.9)
     yield PLAIN, sgd, False
     for constraint in CONSTRAINTS:
@@ -56,7 +52,7 @@ def optimizers(mask: Any) -> Iterator[tuple[str, optax.GradientTransformation, b
 
 
 def measure() -> dict[str, Any]:
-    """Of each candidate: milliseconds, time over plain, state, peak memory, compile time."""
+    """Measures time, also relative to plain, state, peak memory and compile time of each step."""
     shapes, mask = weights.resnet50()
     grads = weights.random(shapes, seed=1)
     params = weights.random(shapes, seed=0)
@@ -66,10 +62,8 @@ def measure() -> dict[str, Any]:
     }
     candidates: dict[str, Any] = dict(steps)
     theirs = {}
-    if _AUTHORS.value:
-        theirs = authors.steps(
-            _AUTHORS.value, params, grads, mask(shapes), CONSTRAINTS, _STEPS.value
-        )
+    if clone := _AUTHORS.value:
+        theirs = authors.steps(clone, params, grads, mask(shapes), CONSTRAINTS, _STEPS.value)
     seconds = timing.take_turns(candidates | theirs, _TURNS.value)
     rows: dict[str, dict[str, float]] = {}
     for name, times in seconds.items():
@@ -86,13 +80,11 @@ def measure() -> dict[str, Any]:
                 "peak": step.peak_bytes,
                 "compile_seconds": step.compile_seconds,
             }
-    chosen = jax.tree.leaves(mask(shapes))
-    constrained = sum(
-        leaf.size for leaf, flag in zip(jax.tree.leaves(shapes), chosen, strict=True) if flag
-    )
+    sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
+    pairs = zip(sizes, jax.tree.leaves(mask(shapes)), strict=True)
     return timing.environment() | {
-        "weights": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
-        "constrained": constrained,
+        "weights": sum(sizes),
+        "constrained": sum(size for size, flag in pairs if flag),
         "steps": _STEPS.value,
         "turns": _TURNS.value,
         "candidates": rows,
@@ -100,45 +92,35 @@ def measure() -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     plain = results["candidates"][PLAIN]
     ours, theirs = [], []
     for name, row in results["candidates"].items():
+        times = [row["milliseconds"], row["over_plain"]]
         if "state" in row:
             copies = (row["state"] - plain["state"]) / (4 * results["constrained"])
-            ours.append(
-                (
-                    name,
-                    f"{row['milliseconds']:.2f}",
-                    f"{row['over_plain']:.2f}",
-                    f"{copies:.2f}",
-                    f"{row['peak'] / 2**20:.0f}",
-                    f"{row['compile_seconds']:.1f}",
-                )
-            )
+            cells = [f"{value:.2f}" for value in (*times, copies)]
+            peak, seconds = f"{row['peak'] / 2**20:.0f}", f"{row['compile_seconds']:.1f}"
+            ours.append([name, *cells, peak, seconds])
         else:
-            theirs.append(
-                (
-                    name,
-                    f"{row['milliseconds']:.1f}",
-                    f"{row['over_plain']:.1f}",
-                    f"{row['over_ours']:.1f}",
-                )
-            )
+            theirs.append([name, *(f"{value:.1f}" for value in (*times, row["over_ours"]))])
+    header = ("optimizer", "ms", "time over plain", "copies", "peak, MiB", "compile, s")
     parts = [
         "# The optimizer's step on ResNet-50\n"
-        f"{results['weights']:,} parameters, {results['constrained']:,} of them constrained, {timing.described(results)}; medians "
-        f"of {results['turns']} turns of {results['steps']} steps. Copies: what the state has beyond plain's, over the constrained "
-        "weights in float32. Peak: arguments, results and temporary memory of the compiled step, gradients among them. By "
-        "`python -m benchmarks.optimizer_step`.",
-        format_table(
-            ("optimizer", "ms", "time over plain", "copies", "peak, MiB", "compile, s"), ours
-        ),
+        f"{results['weights']:,} parameters, {results['constrained']:,} of them constrained, "
+        f"{timing.described(results)}; medians of {results['turns']} turns of {results['steps']} "
+        "steps. Copies: the state beyond plain's, relative to the constrained weights in float32. "
+        "Peak: arguments, results and temporary memory of the compiled step, including gradients. "
+        "By `python -m benchmarks.optimizer_step`.",
+        format_table(header, ours),
     ]
     if theirs:
-        header = ("the authors' code", "ms", "time over its own plain", "time over our plain")
-        said = "The authors' PyTorch code, in turns with the above. Their step clips, decays and clamps, as their training loop does."
-        parts += [said, format_table(header, theirs)]
+        parts.append(
+            "The authors' PyTorch code, in turns with the above. Their step clips, decays and "
+            "clamps, as in their training loop."
+        )
+        columns = ("the authors' code", "ms", "time over its own plain", "time over our plain")
+        parts.append(format_table(columns, theirs))
     return "\n\n".join(parts) + "\n"
 
 

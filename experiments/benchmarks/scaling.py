@@ -1,12 +1,11 @@
-"""The cost of CBP in the optimizer's step against the number of weights, and against the number of
-devices.
+"""The cost of CBP in the optimizer's step by the number of weights, and by the number of devices.
 
     cd experiments && python -m benchmarks.scaling
 
-Plain SGD with momentum and, before it, ternary CBP on square matrices: from a million weights to as
-many as memory holds, four times as many each; then 16 million on 1, 2, 4 and 8 devices, each with
-all of them or with its share. On a CPU the devices are virtual and share its cores, so only the
-ratio says something. Writes `results/scaling.json` and `.md`.
+Times SGD with momentum, plain and after ternary CBP, on square matrices: from a million weights to
+as many as fit into memory, in factors of four; then 16 million on 1, 2, 4 and 8 devices, replicated
+or sharded. On a CPU the devices are virtual and share its cores, so only the ratio is meaningful.
+Writes `results/scaling.json` and `.md`.
 """
 
 import statistics
@@ -29,21 +28,17 @@ import cbp_jax
 PLAIN, CBP, WITHOUT_SUM = "SGD with momentum", "CBP", "CBP, without the sum"
 _SMALLEST = 2**20
 _SHARED = 2**24
-# Float32 numbers a weight: of three steps weights and momentum, of two multipliers and two moments,
-# and gradients and a start.
+# Float32 numbers per weight: weights and momentum of three steps, multipliers and two moments of
+# two, the gradients, and the initial weights.
 _WORDS = 3 * 2 + 2 * 3 + 2
 
-_LARGEST = flags.DEFINE_integer(
-    "largest", 0, "Weights at most; 0: as many as fit the device's free memory."
-)
-_STEPS = flags.DEFINE_integer(
-    "steps", 2, "Steps timed together; more where a step takes microseconds."
-)
-_TURNS = flags.DEFINE_integer("turns", 9, "Of each candidate.")
+_LARGEST = flags.DEFINE_integer("largest", 0, "Most weights; 0: as many as fit into free memory.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Steps timed together; give more for fast devices.")
+_TURNS = flags.DEFINE_integer("turns", 9, "Turns of each candidate.")
 
 
 def compare(shapes: Any, sharding: Any = None) -> dict[str, float]:
-    """Milliseconds of both, and their ratio."""
+    """Measures plain SGD and CBP: milliseconds, and time relative to plain."""
     params, grads = (weights.random(shapes, seed) for seed in (0, 1))
     if sharding is not None:
         params, grads = jax.device_put((params, grads), sharding)
@@ -56,22 +51,20 @@ def compare(shapes: Any, sharding: Any = None) -> dict[str, float]:
     }
     del params
     seconds = timing.take_turns(candidates, _TURNS.value)
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     return {
         "milliseconds": 1000 * statistics.median(seconds[PLAIN]) / _STEPS.value,
         "cbp_milliseconds": 1000 * statistics.median(seconds[CBP]) / _STEPS.value,
         "over_plain": timing.ratio(seconds, CBP, PLAIN),
         "without_sum_over_plain": timing.ratio(seconds, WITHOUT_SUM, PLAIN),
-        "state_copies": candidates[CBP].state_bytes
-        / (4 * sum(leaf.size for leaf in jax.tree.leaves(shapes)))
-        - 1,
+        "state_copies": candidates[CBP].state_bytes / (4 * count) - 1,
     }
 
 
 def measure() -> dict[str, Any]:
-    """By size, on one device; by devices, in both layouts."""
-    sharing = (
-        jax.local_device_count() if jax.devices()[0].platform == "cpu" else 1
-    )  # virtual devices have one memory
+    """Measures by size on one device, then by number of devices in both layouts."""
+    # Virtual devices share one memory.
+    sharing = jax.local_device_count() if jax.devices()[0].platform == "cpu" else 1
     most = _LARGEST.value or sharing * preflight.available_memory() // (4 * _WORDS)
     sizes = {}
     count = _SMALLEST
@@ -95,7 +88,7 @@ def measure() -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
 
     def cells(row: Mapping[str, float]) -> tuple[str, ...]:
         times = (f"{row['milliseconds']:.2f}", f"{row['cbp_milliseconds']:.2f}")
@@ -104,15 +97,14 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     header = ("plain, ms", "CBP, ms", "CBP over plain", "without the sum")
     sizes = [(f"{int(count):,}", *cells(row)) for count, row in results["sizes"].items()]
     devices = [(str(row["devices"]), row["layout"], *cells(row)) for row in results["by_devices"]]
-    virtual = (
-        " These are virtual and share the cores of one CPU: only the ratio says something."
-        if results["platform"] == "cpu"
-        else ""
-    )
+    virtual = ""
+    if results["platform"] == "cpu":
+        virtual = " These are virtual and share a CPU's cores: only the ratio is meaningful."
     return (
-        "# The optimizer's step against the number of weights and of devices\n"
-        f"Plain SGD with momentum and ternary CBP before it, all weights constrained, {timing.described(results)}; medians of "
-        f"{results['turns']} turns of {results['steps']} steps. By `python -m benchmarks.scaling`.\n\n"
+        "# The optimizer's step by the number of weights and of devices\n"
+        "SGD with momentum, plain and after ternary CBP, all weights constrained, "
+        f"{timing.described(results)}; medians of {results['turns']} turns of {results['steps']} "
+        "steps. By `python -m benchmarks.scaling`.\n\n"
         f"{format_table(('weights', *header), sizes)}\n\n"
         f"{_SHARED:,} weights by devices.{virtual}\n\n"
         f"{format_table(('devices', 'weights', *header), devices)}\n"

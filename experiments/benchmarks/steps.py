@@ -1,4 +1,4 @@
-"""An optimizer's step on its own, compiled, and timed without a network around it."""
+"""An optimizer's compiled step, timed without a network around it."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ PyTree = Any
 
 
 def make_step(optimizer: optax.GradientTransformation, with_value: bool) -> Any:
-    """(params, state, grads, loss) -> (params, state), jitted, the first two donated."""
+    """Returns a jitted (params, state, grads, loss) -> (params, state), the first two donated."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(
@@ -27,14 +27,14 @@ def make_step(optimizer: optax.GradientTransformation, with_value: bool) -> Any:
 
 
 class Step:
-    """A compiled step, with parameters and a state of its own; a call takes `count` steps.
+    """A compiled step with its own parameters and state; a call takes `count` steps.
 
     Args:
       optimizer: to be timed.
-      params: where it starts from; they are copied.
-      grads: what it is given in every step.
-      with_value: whether it is given the loss too.
-      count: steps of a call.
+      params: the initial parameters, which are copied.
+      grads: the gradients of every step.
+      with_value: whether to pass the loss too.
+      count: steps per call.
     """
 
     def __init__(
@@ -51,9 +51,8 @@ class Step:
         self._count = count
         self.state_bytes = timing.tree_bytes(self._state)
         started = time.perf_counter()
-        self._step = (
-            make_step(optimizer, with_value).lower(self._params, self._state, *self._rest).compile()
-        )
+        step = make_step(optimizer, with_value)
+        self._step = step.lower(self._params, self._state, *self._rest).compile()
         self.compile_seconds = time.perf_counter() - started
         self.peak_bytes = preflight.memory_needed(self._step)
 

@@ -1,11 +1,11 @@
-"""Images a second of a whole training step: plain SGD with momentum against CBP, in one run.
+"""Images per second of a whole training step: plain SGD with momentum against CBP, in one run.
 
-    cd experiments && python -m benchmarks.train_step                      # ResNet-50, batch 256,
-    bfloat16: for an accelerator cd experiments && python -m benchmarks.train_step
-      --network=resnet20 --num_classes=10 --image_size=32 --batch_size=64 \\
-        --dtype=float32 --steps=3 --repetitions=5
+    cd experiments
+    python -m benchmarks.train_step  # ResNet-50, batch 256, bfloat16: for an accelerator
+    python -m benchmarks.train_step --network=resnet20 --num_classes=10 --image_size=32 \\
+        --batch_size=64 --dtype=float32 --steps=3 --repetitions=5
 
-The batch is on the device; the candidates take turns, so that other load meets them all, and the
+The batch is on the device; the candidates take turns, so that other load affects them all, and the
 medians count. Writes `results/train_step_NETWORK.json` and `.md`.
 """
 
@@ -20,7 +20,8 @@ from absl import app, flags
 from benchmarks import timing
 from common import models
 from common.config import base_config
-from common.input import augment as images
+from common.input import augment
+from common.input.batch import Batch
 from common.report.tables import format_table
 from common.training import optimizers, preflight
 from common.training import step as train
@@ -32,7 +33,7 @@ PLAIN = "plain"
 METHODS = (PLAIN, "binary", "ternary", "one_bit_shift", "two_bit_shift")
 
 _NETWORK = flags.DEFINE_string("network", "resnet50", "A network of common.models.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images a step.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels each way.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Logits.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of the activations.")
@@ -53,14 +54,12 @@ class Candidate:
         if method == PLAIN:
             optimizer, weights_fn = optimizers.pretraining(config, 1000), train.latent
         else:
-            optimizer, weights_fn = (
-                optimizers.post_training(config, 1000, model.constrained),
-                cbp_jax.quantize,
-            )
+            optimizer = optimizers.post_training(config, 1000, model.constrained)
+            weights_fn = cbp_jax.quantize
 
-        def preprocess(batch: train.Batch, key: jax.Array) -> jax.Array:
+        def preprocess(batch: Batch, key: jax.Array) -> jax.Array:
             del key
-            return images.preprocess(batch, dtype)
+            return augment.preprocess(batch, dtype)
 
         self._state = train.init_state(params, batch_stats, optimizer)
         step: Any = train.make_train_step(graphdef, optimizer, weights_fn, preprocess)
@@ -75,7 +74,7 @@ class Candidate:
 
 
 def measure() -> dict[str, Any]:
-    """Median images a second of each method, its time over plain training's, and the memory of its step."""
+    """Measures images per second of each method, its time relative to plain, and its memory."""
     size, count = _IMAGE_SIZE.value, _BATCH_SIZE.value
     rng = np.random.default_rng(0)
     batch = {
@@ -102,7 +101,7 @@ def measure() -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page."""
+    """Formats the results as a page."""
     rows = [
         (
             method,
@@ -115,10 +114,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     table = format_table(("step", "images/s", "time over plain", "GiB"), rows)
     return (
         f"# Training step of {results['network']}\n"
-        f"Batch {results['batch_size']} of {results['image_size']} x {results['image_size']} pixels, {results['dtype']}, on "
-        f"{results['device']}, jax {results['jax']}; medians of {results['repetitions']} turns of {results['steps']} steps. "
-        "`plain` is SGD with momentum and weight decay in full precision. Memory is what the compiled step needs at its peak. By "
-        "`experiments/benchmarks/train_step.py`.\n\n"
+        f"Batch {results['batch_size']} of {results['image_size']} x {results['image_size']} "
+        f"pixels, {results['dtype']}, {timing.described(results)}; medians of "
+        f"{results['repetitions']} turns of {results['steps']} steps. `plain` is SGD with momentum "
+        "and weight decay in full precision. Memory is the peak of the compiled step. By "
+        "`python -m benchmarks.train_step`.\n\n"
         f"{table}\n"
     )
 

@@ -1,4 +1,4 @@
-"""The trees of weights that the optimizer is timed on."""
+"""Trees of weights to time the optimizer on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ PyTree = Any
 
 
 def resnet50() -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Shapes of the parameters of ResNet-50, 25.6 million in 161 tensors, and which of them are constrained."""
+    """Returns the shapes of ResNet-50's 25.6 million parameters in 161 tensors, and the mask."""
     model = nnx.eval_shape(lambda: models.create("resnet50", rngs=nnx.Rngs(0)))
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), models.split_model(model)[1]
@@ -24,19 +24,20 @@ def resnet50() -> tuple[PyTree, Callable[[PyTree], PyTree]]:
 
 
 def dense(count: int) -> PyTree:
-    """Shapes of square matrices, and a rest, of so many float32 weights."""
+    """Returns the shapes of square float32 matrices, and a remainder, with `count` weights."""
     side = 2048
     whole, rest = divmod(count, side * side)
     shapes = {f"layer{i}": jax.ShapeDtypeStruct((side, side), jnp.float32) for i in range(whole)}
-    return shapes | (
-        {"rest": jax.ShapeDtypeStruct((rest // side, side), jnp.float32)} if rest >= side else {}
-    )
+    if rest >= side:
+        shapes["rest"] = jax.ShapeDtypeStruct((rest // side, side), jnp.float32)
+    return shapes
 
 
 def random(shapes: PyTree, seed: int) -> PyTree:
-    """Arrays of these shapes; normal, of the size that weights have."""
+    """Draws normal arrays of these shapes, as large as weights typically are."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype),
-        shapes,
-    )
+
+    def draw(leaf: Any) -> jax.Array:
+        return jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    return jax.tree.map(draw, shapes)

@@ -306,13 +306,15 @@ def _iterate(dataset: grain.MapDataset, num_workers: int, batch_bytes: int) -> I
 
 
 def _check_shared_memory(needed: int) -> None:
-    """Raises if /dev/shm is too small: workers pass batches in it, and a full one is a bus error."""
+    """Workers pass batches in shared memory, and die of a bus error if it is full."""
     folder = "/dev/shm"
-    if needed and os.path.isdir(folder) and shutil.disk_usage(folder).free < needed:
-        free = shutil.disk_usage(folder).free
+    if not needed or not os.path.isdir(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         raise RuntimeError(
-            f"the workers need {needed / 1e6:.0f} MB in {folder}, which has {free / 1e6:.0f}: start "
-            "the container with more (docker run --shm-size=...), or lower --config.workers"
+            f"the workers need {needed / 1e6:.0f} MB in {folder}, which has {free / 1e6:.0f}: "
+            "start the container with more (docker run --shm-size=...), or lower --config.workers"
         )
 
 

@@ -114,8 +114,8 @@ def open_tfds(name: str, split: str, data_dir: str | None, **options: Any) -> An
 class FolderSource:
     """The folder tree `root/split/<class>/*.JPEG`, or .jpg or .png, in lower or upper case.
 
-    As in torchvision, a label is the position of its class among the sorted folders of `root/train`,
-    in every split.
+    As in torchvision, labels are positions among the sorted class folders of `root/train`, in every
+    split.
     """
 
     def __init__(self, root: str, split: str) -> None:

@@ -20,8 +20,8 @@ def _pool(x: jax.Array) -> jax.Array:
 class AlexNet(nnx.Module):
     """Five convolutions and three dense layers, for images of 224x224.
 
-    Every layer but the last has batch normalization and no bias. Layers have the numbers of the
-    authors' PyTorch module, in which activations and poolings count too: `features/4/kernel` is the
+    Every layer but the last has batch normalization and no bias. Layers are numbered as in the
+    authors' PyTorch module, which counts activations and poolings too: `features/4/kernel` is the
     second convolution.
 
     Args:
@@ -31,8 +31,6 @@ class AlexNet(nnx.Module):
     """
 
     constrained = "features/(4|8|11|14)/kernel|classifier/[03]/kernel"
-    # Height, width and channels of what a dense layer sees flattened: PyTorch flattens channels
-    # first.
     flattened: ClassVar[dict[str, tuple[int, int, int]]] = {"classifier/0/kernel": (6, 6, 256)}
 
     def __init__(self, num_classes: int = 1000, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -50,10 +48,8 @@ class AlexNet(nnx.Module):
             return normalized(layer, features_out)
 
         def dense(features_in: int, features_out: int) -> list:
-            return normalized(
-                nnx.Linear(features_in, features_out, use_bias=False, dtype=dtype, rngs=rngs),
-                features_out,
-            )
+            layer = nnx.Linear(features_in, features_out, use_bias=False, dtype=dtype, rngs=rngs)
+            return normalized(layer, features_out)
 
         self.features = nnx.List(
             [
@@ -72,7 +68,10 @@ class AlexNet(nnx.Module):
         )
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits in float32, shape=(n, num_classes), of normalised images, shape=(n, 224, 224, 3); `rngs` is not used."""
+        """Returns float32 logits (n, num_classes) for normalised images (n, 224, 224, 3).
+
+        Ignores `rngs`.
+        """
         del rngs
         x = images
         for layer in self.features:

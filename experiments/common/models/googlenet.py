@@ -1,5 +1,6 @@
 """GoogLeNet (Szegedy et al. 2015) with batch normalization, as torchvision has it."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
@@ -34,7 +35,7 @@ class ConvNorm(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """Four branches side by side: 1x1, 3x3, 3x3 again (torchvision has no 5x5) and max pooling.
+    """Four parallel branches: 1x1, 3x3, again 3x3 (torchvision has no 5x5) and max pooling.
 
     Args:
       features_in: channels of the input.
@@ -68,15 +69,12 @@ class Inception(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        branches = [
-            self.branch1(x),
-            *(_chain(branch, x) for branch in (self.branch2, self.branch3, self.branch4)),
-        ]
-        return jnp.concatenate(branches, axis=-1)
+        others = (_chain(branch, x) for branch in (self.branch2, self.branch3, self.branch4))
+        return jnp.concatenate([self.branch1(x), *others], axis=-1)
 
 
 class AuxiliaryHead(nnx.Module):
-    """A classifier halfway, for training only: it keeps gradients large."""
+    """A classifier halfway through, for training only: it keeps gradients large."""
 
     def __init__(self, features_in: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = ConvNorm(features_in, 128, 1, dtype=dtype, rngs=rngs)
@@ -95,19 +93,15 @@ class GoogLeNet(nnx.Module):
 
     Args:
       num_classes: number of logits.
-      auxiliary_heads: two further classifiers in training mode; they are dropped afterwards, so
-        they are not constrained.
-      transform_input: takes images normalised by ImageNet's mean and deviation to 0.5 and 0.5,
-        which torchvision's pre-trained weights were made for. They need it; weights trained here do
-        not.
+      auxiliary_heads: adds two classifiers in training mode; dropped afterwards, so never
+        constrained.
+      transform_input: renormalises images from ImageNet's mean and deviation to 0.5 and 0.5, which
+        torchvision's pre-trained weights need and weights trained here do not.
       dtype: of the computation; parameters, statistics and logits are float32.
-      rngs: where the weights come from; nothing of it is kept, dropout draws from the `rngs` of the
-        call.
+      rngs: where the weights come from; dropout draws from the `rngs` of the call.
     """
 
     constrained = "conv[23]/conv/kernel|inception.*/kernel"
-    # Height, width and channels of what a dense layer sees flattened: PyTorch flattens channels
-    # first.
     flattened: ClassVar[dict[str, tuple[int, int, int]]] = {
         "aux1/fc1/kernel": (4, 4, 128),
         "aux2/fc1/kernel": (4, 4, 128),
@@ -122,14 +116,12 @@ class GoogLeNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        def inception(
-            features_in: int,
-            ones: int,
-            threes: tuple[int, int],
-            fives: tuple[int, int],
-            pooled: int,
-        ) -> Inception:
-            return Inception(features_in, ones, threes, fives, pooled, dtype=dtype, rngs=rngs)
+        inception = functools.partial(Inception, dtype=dtype, rngs=rngs)
+
+        def auxiliary(features_in: int) -> AuxiliaryHead | None:
+            if not auxiliary_heads:
+                return None
+            return AuxiliaryHead(features_in, num_classes, dtype=dtype, rngs=rngs)
 
         self.auxiliary_heads, self.transform_input = auxiliary_heads, transform_input
         self.conv1 = ConvNorm(3, 64, 7, stride=2, dtype=dtype, rngs=rngs)
@@ -144,33 +136,26 @@ class GoogLeNet(nnx.Module):
         self.inception4e = inception(528, 256, (160, 320), (32, 128), 128)
         self.inception5a = inception(832, 256, (160, 320), (32, 128), 128)
         self.inception5b = inception(832, 384, (192, 384), (48, 128), 128)
-        self.aux1 = (
-            AuxiliaryHead(512, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
-        )
-        self.aux2 = (
-            AuxiliaryHead(528, num_classes, dtype=dtype, rngs=rngs) if auxiliary_heads else None
-        )
+        self.aux1, self.aux2 = auxiliary(512), auxiliary(528)
         self.dropout = Dropout(0.2)
         self.fc = head(1024, num_classes, rngs=rngs)
 
     def __call__(
         self, images: jax.Array, *, rngs: nnx.Rngs | None = None
     ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
-        """Logits in float32.
+        """Returns float32 logits.
 
         Args:
           images: normalised by ImageNet's mean and deviation, shape=(n, height, width, 3).
           rngs: for dropout; needed in training mode only.
 
         Returns:
-          Logits, shape=(n, num_classes); in training mode, if there are auxiliary heads, a tuple of
-          the logits, those of the first head and those of the second.
+          Logits, shape=(n, num_classes); in training mode with auxiliary heads a tuple of the
+          logits, those of the first head and those of the second.
         """
-        x = (
-            (images * jnp.array(_STD) + jnp.array(_MEAN) - 0.5) / 0.5
-            if self.transform_input
-            else images
-        )
+        x = images
+        if self.transform_input:
+            x = (x * jnp.array(_STD) + jnp.array(_MEAN) - 0.5) / 0.5
         x = max_pool(self.conv1(x), 3, stride=2, ceil_mode=True)
         x = max_pool(self.conv3(self.conv2(x)), 3, stride=2, ceil_mode=True)
         x = self.inception3b(self.inception3a(x))
@@ -197,9 +182,8 @@ def _chain(layers: Iterable[Callable[[jax.Array], jax.Array]], x: jax.Array) -> 
 
 
 def _window_means(x: jax.Array, count: int, axis: int) -> jax.Array:
-    """Means over `count` windows that cover an axis evenly, overlapping if need be: PyTorch's adaptive average pooling."""
+    """Averages `count` windows that cover an axis evenly: PyTorch's adaptive average pooling."""
     size = x.shape[axis]
     windows = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
-    return jnp.stack(
-        [jax.lax.slice_in_dim(x, start, end, axis=axis).mean(axis) for start, end in windows], axis
-    )
+    means = [jax.lax.slice_in_dim(x, start, end, axis=axis).mean(axis) for start, end in windows]
+    return jnp.stack(means, axis)

@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2016): ResNet-18 and ResNet-50 for ImageNet as in torchvision, and two for CIFAR."""
+"""Residual networks (He et al. 2016): torchvision's ResNet-18 and ResNet-50, and two for CIFAR."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,7 +12,7 @@ from common.models.layers import batch_norm, conv, head, max_pool
 
 
 class _Block(nnx.Module):
-    """What both kinds of block share: the shortcut."""
+    """The shortcut, which both kinds of block share."""
 
     expansion: ClassVar[int]
 
@@ -27,20 +27,14 @@ class _Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride, self.features = stride, width * self.expansion
-        changes = stride != 1 or features_in != self.features
-        self.downsample = (
-            nnx.List(
-                [
-                    conv(features_in, self.features, 1, stride, dtype=dtype, rngs=rngs),
-                    batch_norm(self.features, dtype=dtype, rngs=rngs),
-                ]
-            )
-            if changes and projections
-            else None
-        )
+        layers: nnx.List | None = None
+        if projections and (stride != 1 or features_in != self.features):
+            project = conv(features_in, self.features, 1, stride, dtype=dtype, rngs=rngs)
+            layers = nnx.List([project, batch_norm(self.features, dtype=dtype, rngs=rngs)])
+        self.downsample = layers
 
     def shortcut(self, x: jax.Array) -> jax.Array:
-        """The input, brought to the shape of the output."""
+        """Brings the input to the shape of the output."""
         if self.downsample is not None:
             project, norm = self.downsample
             return norm(project(x))
@@ -50,7 +44,7 @@ class _Block(nnx.Module):
 
 
 class BasicBlock(_Block):
-    """Two 3x3 convolutions, the first with the stride."""
+    """Two 3x3 convolutions; the first has the stride."""
 
     expansion = 1
 
@@ -77,7 +71,7 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """A 3x3 convolution, which has the stride (version 1.5), between two of 1x1; the last is four times as wide."""
+    """Convolutions of 1x1, 3x3, which has the stride (version 1.5), and 1x1, four times as wide."""
 
     expansion = 4
 
@@ -117,8 +111,8 @@ class ResNet(nnx.Module):
       small_images: a 3x3 stem that keeps the size, for images of 32x32; otherwise 7x7 of stride 2
         and max pooling.
       projections: whether a shortcut that changes shape is a 1x1 convolution with batch
-        normalization (the paper's option B), or has no parameters (option A): every other pixel,
-        and channels of zeros, half of them before and half after.
+        normalization (option B of He et al.); otherwise it has no parameters (option A): every
+        other pixel, and channels of zeros, half of them before and half after.
       dtype: of the computation; parameters, statistics and logits are float32.
       rngs: where the weights come from.
     """
@@ -143,18 +137,17 @@ class ResNet(nnx.Module):
         self.bn1 = batch_norm(width, dtype=dtype, rngs=rngs)
         features = width
         for stage, depth in enumerate(depths):
-            blocks = []
+            blocks, channels = [], width << stage
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(
-                    block(features, width << stage, stride, projections, dtype=dtype, rngs=rngs)
-                )
-                features = (width << stage) * block.expansion
+                layer = block(features, channels, stride, projections, dtype=dtype, rngs=rngs)
+                blocks.append(layer)
+                features = channels * block.expansion
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.fc = head(features, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits in float32, shape=(n, num_classes), of normalised images, shape=(n, height, width, 3); `rngs` is not used."""
+        """Returns float32 logits (n, num_classes) for images (n, h, w, 3); ignores `rngs`."""
         del rngs
         x = nnx.relu(self.bn1(self.conv1(images)))
         if not self.small_images:
@@ -176,7 +169,7 @@ def resnet50(num_classes: int = 1000, *, dtype: DTypeLike = jnp.float32, rngs: n
 
 
 def resnet20(num_classes: int = 10, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> ResNet:
-    """ResNet-20 of section 4.2 of the paper, for images of 32x32; its shortcuts have no parameters."""
+    """ResNet-20 (He et al., section 4.2) for images of 32x32; shortcuts have no parameters."""
     return ResNet(
         num_classes,
         block=BasicBlock,

@@ -53,7 +53,7 @@ class SmallConvNet(nnx.Module):
         self.head = head(2 * channels, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits in float32, (n, num_classes), of images (n, height, width, 1); ignores `rngs`."""
+        """Returns float32 logits (n, num_classes) for images (n, h, w, 1); ignores `rngs`."""
         del rngs
         x = nnx.relu(self.bn1(self.conv1(images)))
         x = nnx.relu(self.bn2(self.conv2(x)))
@@ -95,7 +95,7 @@ class SmallMLP(nnx.Module):
         self.head = head(width, num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits in float32, (n, num_classes), of images of `features_in` pixels; ignores `rngs`."""
+        """Returns float32 logits (n, num_classes) for n images; ignores `rngs`."""
         del rngs
         x = images.reshape(images.shape[0], -1)
         x = nnx.relu(self.bn0(self.hidden0(x)))

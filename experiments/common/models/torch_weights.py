@@ -1,9 +1,8 @@
-"""PyTorch's weight files, for the networks of `common.models`, whose parameters have the same names
-but for their last part.
+"""Reads and writes PyTorch's weights for the networks of `common.models`.
 
-A `.pth` or `.pt` file is a pickle, and unpickling can run code: prefer `.safetensors`. Pickles are
-read by torch's restricted unpickler (`weights_only=True`), which takes tensors and plain containers
-alone; nothing else here needs torch.
+Parameter names agree but for their last part. A `.pth` or `.pt` file is a pickle, and unpickling
+can run code: prefer `.safetensors`. Pickles are read by torch's restricted unpickler
+(`weights_only=True`), which accepts only tensors and plain containers. Nothing else needs torch.
 """
 
 import importlib
@@ -21,8 +20,7 @@ from common.models import GoogLeNet, Network, split_model
 
 PyTree = Any
 
-# What a network needs besides torchvision's own weights: models.create(name,
-# **TORCHVISION_OPTIONS.get(name, {})).
+# Options with which `models.create` makes the network that torchvision's weights are for.
 TORCHVISION_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"googlenet": {"transform_input": True}}
 )
@@ -32,28 +30,26 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, PyTree]:
-    """Reads a network's weights and batch statistics from a PyTorch file: all of them, or none.
+    """Reads all of a network's weights and batch statistics from a PyTorch file.
 
     The state dict may be wrapped in a dictionary, under "state_dict", "model_state_dict" or
-    "model", and its names may all start with "module.", as DistributedDataParallel's do. Known and
-    left out are `num_batches_tracked`; the `scale` of one value that the authors' quantized layers
-    have beside their weight (`cbp` measures it again); and GoogLeNet's auxiliary heads where
-    `model` has none. torchvision's own GoogLeNet expects `transform_input=True`, see
-    `TORCHVISION_OPTIONS`.
+    "model", and its names may all start with "module.", as DistributedDataParallel's do. Ignored
+    are `num_batches_tracked`; the one-element `scale` beside a weight in the authors' quantized
+    layers (`cbp` measures it again); and GoogLeNet's auxiliary heads if `model` has none.
+    torchvision's GoogLeNet expects `transform_input=True`, see `TORCHVISION_OPTIONS`.
 
     Args:
       path: a `.safetensors` file, or one that `torch.load` reads.
-      model: the network. It is left as it is; only names and shapes count, so one of
-        `nnx.eval_shape` will do.
+      model: the network, unchanged; only names and shapes count, so `nnx.eval_shape` suffices.
 
     Returns:
-      params and batch_stats as those of `models.split_model(model)`, in float32.
+      params and batch_stats, structured as by `models.split_model(model)`, in float32.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ImportError: if the package that reads it is not installed.
-      ValueError: if it is no checkpoint, or not one of this network; every name that is missing,
-        unexpected, of another shape, not floating or not finite is listed.
+      ValueError: if it is not a checkpoint, or not of this network; lists every name that is
+        missing, unexpected, of another shape, not floating or not finite.
     """
     path = Path(path)
     trees = split_model(model)[1:]
@@ -63,27 +59,22 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
     found = {
         name: value
         for name, value in _read(path).items()
-        if not _is_known_unused(name, value, shapes, model)
+        if not _is_ignored(name, value, shapes, model)
     }
-    problems = list(_problems(found, shapes))
-    if problems:
-        raise ValueError(
-            f"{path} does not fit this {type(model).__name__}:\n  " + "\n  ".join(problems)
-        )
+    if problems := "\n  ".join(_problems(found, shapes)):
+        raise ValueError(f"{path} does not fit this {type(model).__name__}:\n  {problems}")
 
     def convert(keys: Any, leaf: Any) -> jax.Array:
         path = _path(keys)
-        # not numpy's: in training mode Flax would write into them
-        return jnp.array(
-            _from_torch(found[torch_name(path)], leaf.shape, model.flattened.get(path))
-        )
+        array = _from_torch(found[torch_name(path)], leaf.shape, model.flattened.get(path))
+        return jnp.array(array)  # in training mode Flax would write into numpy's
 
     params, batch_stats = (jax.tree_util.tree_map_with_path(convert, tree) for tree in trees)
     return params, batch_stats
 
 
 def to_torch(model: Network, params: PyTree, batch_stats: PyTree) -> dict[str, np.ndarray]:
-    """The inverse of `load_torch`: arrays for `load_state_dict` or `safetensors.numpy.save_file`, under PyTorch's names."""
+    """Inverts `load_torch`: arrays by PyTorch's names, for `load_state_dict` or safetensors."""
     return {
         torch_name(path): _to_torch(np.asarray(leaf), model.flattened.get(path))
         for tree in (params, batch_stats)
@@ -92,7 +83,7 @@ def to_torch(model: Network, params: PyTree, batch_stats: PyTree) -> dict[str, n
 
 
 def torch_name(path: str) -> str:
-    """PyTorch's name of a parameter or batch statistic: layer1.0.conv1.weight for layer1/0/conv1/kernel."""
+    """Returns PyTorch's name: layer1.0.conv1.weight for layer1/0/conv1/kernel."""
     *modules, leaf = path.split("/")
     return ".".join([*modules, _TORCH_NAMES.get(leaf, leaf)])
 
@@ -113,7 +104,7 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _from_torch(
     value: np.ndarray, shape: tuple[int, ...], image: tuple[int, int, int] | None
 ) -> np.ndarray:
-    """Brings an array to our order of axes; a dense kernel on a flattened image is a convolution as large as that image."""
+    """Reorders axes; a dense kernel on a flattened image is a convolution as large as the image."""
     if image:
         height, width, channels = image
         value = value.reshape(-1, channels, height, width)
@@ -126,48 +117,45 @@ def _to_torch(value: np.ndarray, image: tuple[int, int, int] | None) -> np.ndarr
     if image:
         value = value.reshape(*image, -1)
     value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-    return np.array(
-        value.reshape(shape), order="C"
-    )  # safetensors would write a view's memory as it lies
+    # A copy: safetensors would write the memory of a view as it lies.
+    return np.array(value.reshape(shape), order="C")
 
 
-def _is_known_unused(
+def _is_ignored(
     name: str, value: np.ndarray, shapes: Mapping[str, tuple[int, ...]], model: Network
 ) -> bool:
     prefix, _, last = name.rpartition(".")
+    headless = isinstance(model, GoogLeNet) and not model.auxiliary_heads
     return (
         last == "num_batches_tracked"
         or (last == "scale" and value.size == 1 and f"{prefix}.weight" in shapes)
-        or (
-            isinstance(model, GoogLeNet)
-            and not model.auxiliary_heads
-            and name.startswith(("aux1.", "aux2."))
-        )
+        or (headless and name.startswith(("aux1.", "aux2.")))
     )
 
 
 def _problems(
     found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """All that keeps a state dict from being loaded, a line each."""
+    """Describes why a state dict does not fit, one line per name."""
     for name, shape in shapes.items():
-        if name not in found:
+        value = found.get(name)
+        if value is None:
             yield f"missing: {name}, shape {shape}"
-        elif found[name].shape != shape:
-            yield f"other shape: {name}, found {found[name].shape}, expected {shape}"
-        elif found[name].dtype != np.float32:
-            yield f"not floating: {name}, found {found[name].dtype}"
-        elif not np.isfinite(found[name]).all():
-            yield f"not finite: {name}, {np.sum(~np.isfinite(found[name]))} of {found[name].size} values"
+        elif value.shape != shape:
+            yield f"other shape: {name}, found {value.shape}, expected {shape}"
+        elif value.dtype != np.float32:
+            yield f"not floating: {name}, found {value.dtype}"
+        elif not np.isfinite(value).all():
+            yield f"not finite: {name}, {np.sum(~np.isfinite(value))} of {value.size} values"
     for name in sorted(found.keys() - shapes.keys()):
         yield f"unexpected: {name}, shape {found[name].shape}"
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """A file's arrays by name, floating ones in float32."""
+    """Reads a file's arrays by name, floating ones as float32."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weight file at {path}: download one first, for instance from "
+            f"no weight file at {path}: download one, for instance from "
             "https://docs.pytorch.org/vision/stable/models.html, and give its path"
         )
     arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -181,13 +169,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         arrays = safetensors.load_file(path)
     except Exception as error:
-        raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
-    return {
-        name: value.astype(np.float32, copy=False)
-        if jnp.issubdtype(value.dtype, jnp.floating)
-        else value
-        for name, value in arrays.items()
-    }
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    for name, value in arrays.items():
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            arrays[name] = value.astype(np.float32, copy=False)
+    return arrays
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -196,22 +182,20 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything
         raise ValueError(
-            f"{path} is no PyTorch checkpoint, or is damaged, or holds more than tensors in plain containers: then save "
-            "`model.state_dict()` instead"
+            f"{path} is not a PyTorch checkpoint, or is damaged, or holds more than tensors in "
+            "plain containers: then save `model.state_dict()` instead"
         ) from error
-    if isinstance(content, dict):
-        content = next(
-            (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), content
-        )
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
+    wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
+    content = next(wrapped, content)
     others = [
         str(name)
         for name, value in content.items()
         if not (isinstance(name, str) and isinstance(value, torch.Tensor))
     ]
     if others:
-        raise ValueError(f"{path} holds no state dict: not tensors are {', '.join(others)}")
+        raise ValueError(f"{path} holds no state dict: these are not tensors: {', '.join(others)}")
     tensors = {name: value.detach() for name, value in content.items()}
     return {
         name: (value.float() if value.is_floating_point() else value).numpy()

@@ -1,4 +1,4 @@
-"""A finished run as a file, packed or ONNX, and the accuracy that is read back from it."""
+"""Saves a finished run as a packed file, and measures the accuracy of packed and ONNX files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,15 +24,15 @@ def save(
     Args:
       path: of the file.
       params: latent weights, a dictionary.
-      batch_stats: travel along unchanged.
-      opt_state: of the optimizer that constrained them.
-      round: as `cbp_jax.pack` takes it.
+      batch_stats: stored unchanged.
+      opt_state: of the optimizer that constrained the weights.
+      round: as for `cbp_jax.pack`.
 
     Returns:
-      What was written; printed, a table.
+      What was written; it prints as a table.
 
     Raises:
-      ValueError: if weights are off their levels, and not to be rounded.
+      ValueError: if weights are off their levels and `round` is False.
     """
     packed = cbp_jax.pack({**params, _STATISTICS: batch_stats}, opt_state, round=round)
     cbp_jax.save_packed(path, packed)
@@ -40,45 +40,42 @@ def save(
 
 
 def load(path: Path, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
-    """The quantized weights and the batch statistics of a file that `save` wrote.
+    """Reads quantized weights and batch statistics from a file that `save` wrote.
 
     Args:
       path: of the file.
-      params: gives structure and shapes.
+      params: structure and shapes to expect.
       batch_stats: likewise.
 
     Raises:
       cbp_jax.PackedError: if the file is damaged, or of another network.
     """
     tree = cbp_jax.unpack(cbp_jax.load_packed(path), {**params, _STATISTICS: batch_stats})
-    batch_stats = tree.pop(_STATISTICS)
-    return tree, batch_stats
+    return tree, tree.pop(_STATISTICS)
 
 
 def rounding_line(packed: cbp_jax.Packed) -> str:
-    """How many weights were put on their levels, and how far."""
-    moved, furthest = (
-        sum(layer.moved for layer in packed.rounding),
-        max(layer.furthest for layer in packed.rounding),
-    )
-    weights = sum(
-        tensor.size
-        for tensor in packed.tensors.values()
-        if isinstance(tensor, cbp_jax.PackedTensor)
-    )
+    """Describes how many weights were snapped to their levels, and from how far."""
+    moved = sum(layer.moved for layer in packed.rounding)
+    furthest = max(layer.furthest for layer in packed.rounding)
+    tensors = packed.tensors.values()
+    weights = sum(tensor.size for tensor in tensors if isinstance(tensor, cbp_jax.PackedTensor))
     share = f"{moved:,} of {weights:,} weights moved more than 1% of the scale to their levels"
     return f"{share}, the furthest {furthest:.1%}"
 
 
 def onnx_accuracy(path: Path, batches: Iterable[Batch], preprocess: Preprocess) -> dict[str, float]:
-    """Accuracy of an ONNX file in ONNX Runtime: "top1" and "top5" as shares of 1, "images".
+    """Measures the accuracy of an ONNX file in ONNX Runtime.
 
-    Products are computed in float32, as JAX computes them.
+    Products are computed in float32, as in JAX.
 
     Args:
       path: of the file.
-      batches: as `train.make_evaluate` takes them; images whose label is negative do not count.
-      preprocess: the network's images from a batch.
+      batches: as for `make_evaluate`; images whose label is negative do not count.
+      preprocess: maps a batch to the network's images.
+
+    Returns:
+      "top1" and "top5" as fractions, and the number of "images".
     """
     import onnxruntime
 
@@ -91,12 +88,9 @@ def onnx_accuracy(path: Path, batches: Iterable[Batch], preprocess: Preprocess) 
         labels = np.asarray(batch["label"])
         inputs = np.asarray(prepare(batch, jax.random.key(0)), np.float32)
         (logits,) = session.run(None, {session.get_inputs()[0].name: inputs})
-        hits = (
-            np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
-        )  # negative labels never hit
-        top1, top5, images = (
-            top1 + int(hits[:, 0].sum()),
-            top5 + int(hits.sum()),
-            images + int(np.sum(labels >= 0)),
-        )
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        hits = best == labels[:, None]  # negative labels never hit
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.sum())
+        images += int(np.sum(labels >= 0))
     return {"top1": top1 / max(images, 1), "top5": top5 / max(images, 1), "images": float(images)}

@@ -28,6 +28,7 @@ _STYLE: dict[Any, Any] = {
 }
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
 _COLORS = {"ste": _STE, "no_window": "#cc79a7", "cbp": _CBP}
+_TRIANGLES: dict[str, Any] = {"marker": "v", "linestyle": "none", "markersize": 4}
 _SHARES = (1, 5, 10, 20, 30, 50, 75, 100)  # ticks of the histograms, in percent
 
 
@@ -37,51 +38,34 @@ def plot_training(
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     full_precision_top1: float,
 ) -> None:
-    """Draws accuracy of the quantized weights above, CFS and the window below, over epochs.
+    """Plots accuracy of the quantized weights above, CFS and the window below, over epochs.
 
     Args:
-      path: of the PNG; the PDF lies beside it.
+      path: of the PNG; the PDF goes beside it.
       title: of the figure.
-      runs: by method ("cbp", "no_window", "ste"), its rows of `metrics.jsonl`.
-      full_precision_top1: of the weights the runs started from.
+      runs: rows of `metrics.jsonl` by method, "cbp", "no_window" or "ste".
+      full_precision_top1: accuracy of the weights that all started from.
     """
+    size: dict[str, Any] = {"figsize": (6, 5), "layout": "constrained"}
     with plt.rc_context(_STYLE):
-        figure, (top, bottom) = plt.subplots(
-            2, 1, sharex=True, figsize=(6, 5), layout="constrained"
-        )
-        handles = [
-            top.axhline(
-                100 * full_precision_top1,
-                color=_FULL,
-                linestyle="--",
-                linewidth=1,
-                label="full precision, before",
-            )
-        ]
-        # The first epochs may be far below everything that matters.
+        figure, (top, bottom) = plt.subplots(2, 1, sharex=True, **size)
+        style: dict[str, Any] = {"color": _FULL, "linestyle": "--", "linewidth": 1}
+        label = "full precision, before"
+        handles = [top.axhline(100 * full_precision_top1, label=label, **style)]
+        # The first epochs may lie far below the range that matters.
         accuracies = 100 * _column([row for rows in runs.values() for row in rows], "top1")
         low, high = np.percentile(accuracies, 10), max(*accuracies, 100 * full_precision_top1)
         bottom_edge = low - 0.3 * (high - low) - 0.2
         top.set_ylim(bottom_edge, high + 0.1 * (high - low) + 0.2)
         for method, rows in runs.items():
-            label, color = METHODS[method], _COLORS[method]
-            style: dict[str, Any] = {"color": color, "linewidth": 1.2, "marker": _marker(rows)}
+            color = _COLORS[method]
+            style = {"color": color, "linewidth": 1.2, "marker": _marker(rows)}
             epochs, accuracy = _column(rows, "epoch"), 100 * _column(rows, "top1")
-            handles += top.plot(epochs, accuracy, label=label, **style)
+            handles += top.plot(epochs, accuracy, label=METHODS[method], **style)
             bottom.plot(epochs, _column(rows, "cfs_relative"), **style)
             _mark_below(top, epochs[accuracy < bottom_edge], bottom_edge, color)
         if (accuracies < bottom_edge).any():
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    color=_FULL,
-                    marker="v",
-                    linestyle="none",
-                    markersize=4,
-                    label="below the axis",
-                )
-            )
+            handles.append(Line2D([], [], color=_FULL, label="below the axis", **_TRIANGLES))
         top.set_ylabel("top-1 accuracy [%]")
         bottom.set_yscale("log")
         bottom.set_ylabel("CFS / scale")
@@ -96,34 +80,20 @@ def plot_training(
 
 
 def _mark_below(axes: Axes, epochs: np.ndarray, edge: float, color: str) -> None:
-    """Triangles on the lower edge, at epochs whose accuracy is below it."""
+    """Draws triangles on the lower edge at epochs whose accuracy is below it."""
     if len(epochs):
-        axes.plot(
-            epochs,
-            np.full(len(epochs), edge),
-            "v",
-            color=color,
-            markersize=4,
-            clip_on=False,
-            zorder=3,
-        )
+        edges = np.full(len(epochs), edge)
+        axes.plot(epochs, edges, color=color, clip_on=False, zorder=3, **_TRIANGLES)
 
 
 def _plot_window(axes: Axes, cbp: Sequence[Mapping[str, Any]]) -> list[Line2D]:
-    """The window on an axis of its own, where one closes."""
+    """Plots the window g on an axis of its own, if any is finite."""
     window = _column(cbp, "window")
     if not np.isfinite(window).any():
         return []
     right = axes.twinx()
-    lines = right.step(
-        _column(cbp, "epoch"),
-        window,
-        where="mid",
-        color=_WINDOW,
-        linewidth=1,
-        marker=_marker(cbp),
-        label="window g (CBP)",
-    )
+    style: dict[str, Any] = {"color": _WINDOW, "linewidth": 1, "marker": _marker(cbp)}
+    lines = right.step(_column(cbp, "epoch"), window, where="mid", label="window g (CBP)", **style)
     right.set_yscale("log")
     right.set_ylabel("window g", color=_WINDOW)
     right.spines["right"].set_visible(True)
@@ -132,61 +102,51 @@ def _plot_window(axes: Axes, cbp: Sequence[Mapping[str, Any]]) -> list[Line2D]:
 
 
 def _marker(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line through one point is invisible."""
+    """Marks a single point: a line through it is invisible."""
     return "o" if len(rows) == 1 else ""
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """One figure of every epoch; null, which is what was not finite, leaves a gap."""
+    """Returns one value per epoch; null, written for values that are not finite, leaves a gap."""
     return np.array([row[name] for row in rows], float)
 
 
 def plot_weights(
     path: Path, title: str, snapshots: Mapping[str, np.ndarray], levels: Sequence[float]
 ) -> None:
-    """Histograms of one layer's weights in units of their scale, one panel per moment, with the
-    levels marked.
+    """Plots histograms of a layer's weights over their scale, one panel per moment, and the levels.
 
-    All panels have the same axes. Shares are drawn as their square roots, so that the wide
-    distribution before is seen beside the few bars after. Weights beyond the ends of the axis are
-    counted in its last bins, and a note says how many they are.
+    All panels have the same axes. Heights are square roots of shares, so that the wide
+    distribution before is visible beside the few bars after. Weights beyond the ends of the axis
+    count in its last bins, and a note gives their share.
 
     Args:
-      path: of the PNG; the PDF lies beside it.
+      path: of the PNG; the PDF goes beside it.
       title: of the figure.
       snapshots: weights by moment, "before" among them.
       levels: of the constraint.
     """
+    count = len(snapshots)
+    size: dict[str, Any] = {"figsize": (2.4 * count, 2.4), "layout": "constrained"}
     with plt.rc_context(_STYLE):
-        figure, panels = plt.subplots(
-            1,
-            len(snapshots),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            figsize=(2.4 * len(snapshots), 2.4),
-            layout="constrained",
-        )
+        figure, panels = plt.subplots(1, count, sharex=True, sharey=True, squeeze=False, **size)
         reach = 1.15 * max(*map(abs, levels), np.quantile(np.abs(snapshots["before"]), 0.999))
         bins = np.linspace(-reach, reach, 82)  # 0 is in the middle of a bin
         for panel, (moment, weights) in zip(panels[0], snapshots.items(), strict=True):
             for level in levels:
                 panel.axvline(level, color=_STE, linewidth=0.8, alpha=0.6)
-            share = np.full(weights.size, 100 / weights.size)
-            panel.hist(
-                np.clip(weights, -reach, reach).ravel(), bins=bins, weights=share, color=_CBP
-            )
+            shares = np.full(weights.size, 100 / weights.size)
+            inside = np.clip(weights, -reach, reach).ravel()
+            panel.hist(inside, bins=bins, weights=shares, color=_CBP)
             _note_beyond(panel, weights, reach)
             panel.set_title(moment, fontsize=9)
             panel.set_xlabel("weight / scale")
         axis = panels[0, 0]
-        axis.set_yscale(
-            "function", functions=(lambda share: np.sqrt(np.maximum(share, 0)), np.square)
-        )
+        root = (lambda share: np.sqrt(np.maximum(share, 0)), np.square)
+        axis.set_yscale("function", functions=root)
         axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_locator(
-            FixedLocator([tick for tick in _SHARES if tick <= axis.get_ylim()[1]])
-        )
+        ticks = [tick for tick in _SHARES if tick <= axis.get_ylim()[1]]
+        axis.yaxis.set_major_locator(FixedLocator(ticks))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -196,26 +156,16 @@ def plot_weights(
 
 
 def _note_beyond(panel: Axes, weights: np.ndarray, reach: float) -> None:
-    """Says at each end how many weights lie beyond it."""
-    for side, count, text in (
-        (0, np.sum(weights < -reach), "◂ {}\n beyond"),
-        (1, np.sum(weights > reach), "{} ▸\nbeyond "),
+    """Notes at each end the share of the weights beyond it."""
+    style: dict[str, Any] = {"fontsize": 6.5, "color": _FULL, "va": "top"}
+    for side, align, count, text in (
+        (0, "left", np.sum(weights < -reach), "◂ {}\n beyond"),
+        (1, "right", np.sum(weights > reach), "{} ▸\nbeyond "),
     ):
         if count:
-            share = text.format(
-                f"{count / weights.size:.1%}" if count >= 0.0005 * weights.size else "<0.1%"
-            )
-            align = "right" if side else "left"
-            panel.text(
-                side,
-                0.97,
-                share,
-                fontsize=6.5,
-                color=_FULL,
-                ha=align,
-                va="top",
-                transform=panel.transAxes,
-            )
+            share = count / weights.size
+            note = text.format(f"{share:.1%}" if share >= 0.0005 else "<0.1%")
+            panel.text(side, 0.97, note, ha=align, transform=panel.transAxes, **style)
 
 
 def _save(figure: Figure, path: Path) -> None:

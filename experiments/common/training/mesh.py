@@ -1,8 +1,8 @@
-"""Devices as a mesh over (`data`, `fsdp`), and how a training state lies on it.
+"""The devices as a mesh over (`data`, `fsdp`), and the layout of a training state on it.
 
-A batch is split over both axes; parameters, and all that has their shape (momenta, multipliers and
-their moments), are split over `fsdp`; the rest is on every device. One device, several, and several
-hosts run the same code.
+A batch is split over both axes. Parameters, and whatever has their shape (momenta, multipliers and
+their moments), are split over `fsdp`; everything else is on every device. One device, several
+devices and several hosts run the same code.
 """
 
 import math
@@ -15,12 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 PyTree = Any
-# A smaller array costs more to gather than to keep everywhere.
-_MIN_SHARDED = 2**16
+_MIN_SHARDED = 2**16  # elements; gathering smaller arrays costs more than replicating them
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices of all hosts, `fsdp` of them sharing one copy of the parameters.
+    """Makes a mesh of all hosts' devices, `fsdp` of which share one copy of the parameters.
 
     Raises:
       ValueError: if the number of devices is not a multiple of `fsdp`.
@@ -36,26 +35,26 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over all devices."""
+    """Splits the first axis over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Keeps the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
-    """How each array of a state should lie on the mesh.
+    """Returns the sharding of each array of a state.
 
     Args:
       mesh: of `make_mesh`.
       state: a tree of arrays or shapes, such as a `TrainState`.
-      params: the parameters, as a tree whose paths end the paths of what belongs to them in the
-        state.
+      params: the parameters; an array of the state belongs to one if its path ends in the
+        parameter's and the shapes are equal.
 
     Returns:
-      A tree of `NamedSharding`, of the state's structure.
+      A tree of `NamedSharding`, structured as the state.
     """
     of_params = {path: leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
@@ -67,7 +66,7 @@ def state_shardings(mesh: Mesh, state: PyTree, params: PyTree) -> PyTree:
 
 
 def _spec(shape: tuple[int, ...], fsdp: int) -> P:
-    """The longest axis that `fsdp` divides is split, the last of equals; none, if the array is small."""
+    """Splits the longest axis that `fsdp` divides, of equals the last; no axis of a small array."""
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or not axes or math.prod(shape) < _MIN_SHARDED:
         return P()
@@ -76,7 +75,7 @@ def _spec(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def put_state(state: PyTree, shardings: PyTree) -> PyTree:
-    """Places a state that every host has computed alike; arrays are copied, so that they may be donated."""
+    """Places a state that every host computed alike; copies arrays, so that they can be donated."""
 
     def put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
         host = np.array(leaf)
@@ -86,7 +85,7 @@ def put_state(state: PyTree, shardings: PyTree) -> PyTree:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The global batch, to which every host gives its part."""
+    """Assembles the global batch from every host's part."""
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
