@@ -1,18 +1,31 @@
-"""Eight virtual devices for the sharding tests, which must be said before jax starts; data and environment of the long runs."""
+"""One compilation cache and eight virtual devices for all tests; data and environment of the long runs."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
 _COUNT = "--xla_force_host_platform_device_count"
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
+# All of this must be set before JAX starts, and workers and subprocesses inherit it.
 if _COUNT not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_configure(config):
+    """Makes an empty compilation cache, which the workers of pytest-xdist find in their environment."""
+    if _CACHE not in os.environ:
+        os.environ[_CACHE] = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """40 photos to train on and 16 to evaluate on in four classes, as a folder tree; one of each cannot be read."""
+    """40 training and 16 validation photos of four classes, in folders; one of each is unreadable."""
     import numpy as np
     from PIL import Image
 
@@ -22,20 +35,13 @@ def photos(tmp_path_factory):
             folder = root / split / f"n{label:02d}"
             folder.mkdir(parents=True)
             for index in range(count):
-                Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(
-                    folder / f"{index}.JPEG"
-                )
+                image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
+                image.save(folder / f"{index}.JPEG")
         (root / split / "n00" / "0.JPEG").write_bytes(b"no photo")
     return root
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """One device; what one process compiles the next ones read."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment():
+    """The environment of a subprocess: one CPU device, and the compilation cache of all tests."""
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

@@ -1,4 +1,4 @@
-"""Running exported files, and networks to export."""
+"""Networks to export to ONNX, and ONNX Runtime to run the files with."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("jax2onnx")
 
-# What a level is to be multiplied by to be an integer.
+# What makes the levels integers.
 FACTORS = {"binary": 1, "ternary": 1, "one_bit_shift": 2, "two_bit_shift": 4}
 INT4, INT2 = onnx.TensorProto.INT4, onnx.TensorProto.INT2
 
@@ -23,7 +23,7 @@ def normal(*shape):
 
 
 def session(path, optimized=None):
-    """ONNX Runtime as it computes most exactly; writes the optimized graph to a file, if one is named."""
+    """ONNX Runtime at its most exact; writes the optimized graph to a file if one is named."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if optimized:
@@ -37,15 +37,12 @@ def optimized_operators(path, tmp_path):
 
 
 def assert_same_outputs(path, function, *inputs):
-    """At the batch size of the inputs, at 1 and at 5."""
+    """Compares at the batch size of the inputs, at 1 and at 5."""
     running = session(path)
     names = [value.name for value in running.get_inputs()]
     assert names == (["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))])
-    for batch in (
-        inputs,
-        [x[:1] for x in inputs],
-        [np.resize(x, (5, *x.shape[1:])) for x in inputs],
-    ):
+    for size in (len(inputs[0]), 1, 5):
+        batch = [np.resize(x, (size, *x.shape[1:])) for x in inputs]
         wanted = jax.tree.leaves(function(*batch))
         got = running.run(None, dict(zip(names, batch, strict=True)))
         for a, b in zip(got, wanted, strict=True):
@@ -63,15 +60,27 @@ def integers_in(path):
 
 
 def fresh(network, **options):
-    """A network with statistics that are not those of a new one, and its parameters and state."""
-    model = network(rngs=nnx.Rngs(0))
-    stats = nnx.state(model, nnx.BatchStat)
-    nnx.update(model, jax.tree.map(lambda s: jnp.asarray(0.5 + np.abs(normal(*s.shape))), stats))
+    """A network with random weights and statistics, made without compiling, and its state of `cbp`."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        values = rng.normal(size=leaf.shape)
+        if leaf.ndim > 1:
+            return jnp.asarray(values * np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.dtype)
+        centre = 1 if path[-2].key in ("scale", "var") else 0
+        return jnp.asarray(centre + 0.3 * np.tanh(values), leaf.dtype)
+
+    model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree_util.tree_map_with_path(fill, nnx.state(model)))
     params = nnx.state(model, nnx.Param)
-    optimizer = cbp_jax.cbp(
-        **{"constraint": "ternary", "mask": cbp_jax.select(include=model.constrained), **options}
-    )
-    return model, params, optimizer.init(params)
+    options = {
+        "constraint": "ternary",
+        "mask": cbp_jax.select(include=model.constrained),
+        **options,
+    }
+    return model, params, cbp_jax.cbp(**options).init(params)
 
 
 def in_jax(model, params, opt_state):
@@ -79,7 +88,10 @@ def in_jax(model, params, opt_state):
     model = nnx.clone(model)
     nnx.update(model, cbp_jax.quantize(params, opt_state))
     model.eval()
-    return nnx.jit(lambda x: model(x))
+    # The weights are an argument, as constants take long to compile; one example at a time, which
+    # compiles once for all sizes of a batch.
+    run = nnx.jit(lambda model, x: model(x))
+    return lambda x: np.concatenate([run(model, x[i : i + 1]) for i in range(len(x))])
 
 
 def small_conv_net(rngs):

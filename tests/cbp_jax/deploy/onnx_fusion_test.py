@@ -34,33 +34,37 @@ ACTIVATIONS = {
 
 
 class Chain(nnx.Module):
-    def __init__(self, activation, bias, norm):
-        rngs = nnx.Rngs(0)
+    def __init__(self, activation, bias, norm, seed=0):
+        rngs = nnx.Rngs(seed)
         init = nnx.initializers.normal()
-        self.layers = nnx.List(
-            [
-                nnx.Linear(WIDTH, WIDTH, use_bias=bias, bias_init=init, rngs=rngs)
-                for _ in range(LAYERS)
-            ]
-        )
-        self.norms = (
-            nnx.List([nnx.BatchNorm(WIDTH, bias_init=init, rngs=rngs) for _ in range(LAYERS)])
-            if norm
-            else None
-        )
+
+        def dense():
+            return nnx.Linear(WIDTH, WIDTH, use_bias=bias, bias_init=init, rngs=rngs)
+
+        self.layers = nnx.List([dense() for _ in range(LAYERS)])
+        norms = [nnx.BatchNorm(WIDTH, bias_init=init, rngs=rngs) if norm else None] * LAYERS
+        self.norms = nnx.List(norms)
         self.activation = activation
 
     def __call__(self, x):
-        for i, layer in enumerate(self.layers):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
             x = layer(x)
-            if self.norms is not None:
-                x = self.norms[i](x)
-            x = self.activation(x)
+            x = self.activation(x if norm is None else norm(x))
         return x
 
 
-def export_chain(path, activation, bias, norm, weight_type, scale_axis):
-    model = Chain(activation, bias, norm)
+class Chains(nnx.Module):
+    """A chain for each activation, side by side."""
+
+    def __init__(self, bias):
+        chains = [Chain(f, bias, norm=False, seed=i) for i, f in enumerate(ACTIVATIONS.values())]
+        self.chains = nnx.List(chains)
+
+    def __call__(self, x):
+        return [chain(x) for chain in self.chains]
+
+
+def export(model, path, weight_type="int4", scale_axis=None):
     params = nnx.state(model, nnx.Param)
     state = cbp_jax.cbp("ternary", scale_axis=scale_axis).init(params)
     with warnings.catch_warnings():
@@ -77,14 +81,10 @@ def assert_fused(path, tmp_path, count=LAYERS):
     assert "DequantizeLinear" not in operators
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_chains(activation, bias, tmp_path):
-    path = tmp_path / "model.onnx"
-    export_chain(
-        path, ACTIVATIONS[activation], bias, norm=False, weight_type="int4", scale_axis=None
-    )
-    assert_fused(path, tmp_path)
+def test_chains_with_each_activation(bias, tmp_path):
+    export(Chains(bias), tmp_path / "model.onnx")
+    assert_fused(tmp_path / "model.onnx", tmp_path, count=LAYERS * len(ACTIVATIONS))
 
 
 @pytest.mark.parametrize("weight_type", ["int4", "int2"])
@@ -92,7 +92,7 @@ def test_chains(activation, bias, tmp_path):
 @pytest.mark.parametrize("norm", [False, True], ids=["bias", "batch norm"])
 def test_relu_with_each_type_and_scale(weight_type, scale_axis, norm, tmp_path):
     path = tmp_path / "model.onnx"
-    export_chain(path, jax.nn.relu, True, norm, weight_type, scale_axis)
+    export(Chain(jax.nn.relu, True, norm), path, weight_type, scale_axis)
     assert_fused(path, tmp_path)
 
 
@@ -202,5 +202,5 @@ def test_optimized_weights_lie_beside_the_graph(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    export_chain(tmp_path / "model.onnx", jax.nn.relu, False, False, "float", None)
+    export(Chain(jax.nn.relu, False, False), tmp_path / "model.onnx", "float")
     assert beside == [LAYERS * WIDTH * WIDTH * 4]
