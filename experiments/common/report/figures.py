@@ -135,9 +135,8 @@ def plot_weights(
         for panel, (moment, weights) in zip(panels[0], snapshots.items(), strict=True):
             for level in levels:
                 panel.axvline(level, color=_STE, linewidth=0.8, alpha=0.6)
-            shares = np.full(weights.size, 100 / weights.size)
-            inside = np.clip(weights, -reach, reach).ravel()
-            panel.hist(inside, bins=bins, weights=shares, color=_CBP)
+            counts, _ = np.histogram(np.clip(weights, -reach, reach), bins)
+            panel.stairs(100 * counts / weights.size, bins, fill=True, color=_CBP)
             _note_beyond(panel, weights, reach)
             panel.set_title(moment, fontsize=9)
             panel.set_xlabel("weight / scale")
@@ -170,6 +169,8 @@ def _note_beyond(panel: Axes, weights: np.ndarray, reach: float) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
+    figure.draw_without_rendering()  # lays it out, once for both files
+    figure.set_layout_engine("none")
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix))
     plt.close(figure)
