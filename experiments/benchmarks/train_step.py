@@ -24,7 +24,7 @@ from common.input import augment
 from common.input.batch import Batch
 from common.report.tables import format_table
 from common.training import optimizers, preflight
-from common.training import step as train
+from common.training.step import TrainState, init_state, latent, make_train_step
 from flax import nnx
 
 import cbp_jax
@@ -52,7 +52,7 @@ class Candidate:
         model = models.create(_NETWORK.value, _NUM_CLASSES.value, dtype=dtype, rngs=nnx.Rngs(0))
         graphdef, params, batch_stats = models.split_model(model)
         if method == PLAIN:
-            optimizer, weights_fn = optimizers.pretraining(config, 1000), train.latent
+            optimizer, weights_fn = optimizers.pretraining(config, 1000), latent
         else:
             optimizer = optimizers.post_training(config, 1000, model.constrained)
             weights_fn = cbp_jax.quantize
@@ -61,13 +61,13 @@ class Candidate:
             del key
             return augment.preprocess(batch, dtype)
 
-        self._state = train.init_state(params, batch_stats, optimizer)
-        step: Any = train.make_train_step(graphdef, optimizer, weights_fn, preprocess)
+        self._state = init_state(params, batch_stats, optimizer)
+        step: Any = make_train_step(graphdef, optimizer, weights_fn, preprocess)
         self._step = step.lower(self._state, batch).compile()
         self.bytes = preflight.memory_needed(self._step)
         self._batch = batch
 
-    def __call__(self) -> train.TrainState:
+    def __call__(self) -> TrainState:
         for _ in range(_STEPS.value):
             self._state, _ = self._step(self._state, self._batch)
         return self._state

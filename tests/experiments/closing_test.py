@@ -1,4 +1,4 @@
-"""README's advice on settings: what makes the failure score rise, and what cures it; and the benchmark that it rests on."""
+"""README's advice on settings: what raises the failure score, what cures it, and its benchmark."""
 
 import json
 
@@ -14,7 +14,7 @@ TARGETS = jax.random.normal(jax.random.key(0), (16, 16))
 
 
 def failure_scores(learning_rate, steps=2000, multiplier_rate=0.2):
-    """CFS / scale along the way: noisy least squares under SGD."""
+    """CFS / scale after every step of SGD on noisy least squares."""
     params = {"kernel": TARGETS}
     link = cbp_jax.cbp(
         "ternary", steps_per_epoch=steps // 50, patience=1, multiplier_learning_rate=multiplier_rate
@@ -37,20 +37,20 @@ def failure_scores(learning_rate, steps=2000, multiplier_rate=0.2):
     return np.asarray(jax.lax.scan(step, (params, optimizer.init(params)), keys)[1])
 
 
-def test_a_rate_that_falls_cures_oscillation():
-    """Under a constant rate weights step over their levels, by the rate times multiplier and gradient: a floor that only rises."""
+def test_falling_rate_cures_oscillation():
+    """At a constant rate weights overshoot their levels by it times multiplier and gradient."""
     constant = failure_scores(3e-2)
     falling = failure_scores(optax.cosine_decay_schedule(3e-2, 2000))
     assert constant[-100:].mean() > 0.02
     assert falling[-1] < constant[-100:].mean() / 20
 
 
-def test_higher_multipliers_do_not_cure_it():
+def test_higher_multipliers_do_not_cure_oscillation():
     low, high = failure_scores(3e-2, multiplier_rate=0.2), failure_scores(3e-2, multiplier_rate=1.0)
     assert high[-100:].mean() > 2 * low[-100:].mean()
 
 
-def test_the_benchmark():
+def test_closing_benchmark():
     pytest.importorskip("ml_collections", reason="needs the extra experiments")
     from benchmarks import closing, timing
 

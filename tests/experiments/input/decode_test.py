@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def smooth_image(height, width, seed=0):
-    """A photo-like image: noise of 6 x 5 pixels blown up."""
+    """A photo-like image: enlarged noise of 6 x 5 pixels."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -22,7 +22,7 @@ def encode(image, image_format="JPEG", **options):
 
 
 def torchvision_eval(data, resize, size):
-    """Resize and CenterCrop as torchvision does it on a Pillow image."""
+    """Resizes and crops as torchvision does on a Pillow image."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     short, long = sorted(image.size)
     new_long = int(resize * long / short)
@@ -49,14 +49,14 @@ class TestDecode:
             ("1", "PNG", {}),
         ],
     )
-    def test_every_kind_of_file_is_read_as_pillow_reads_it(self, mode, image_format, options):
+    def test_reads_every_kind_of_file_as_pillow_does(self, mode, image_format, options):
         data = encode(smooth_image(60, 90).convert(mode), image_format, **options)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         actual = decode.decode_rgb(data)
         assert actual.dtype == np.uint8
         np.testing.assert_allclose(actual.astype(int), expected, atol=2 if mode == "CMYK" else 0)
 
-    def test_exif_orientation_is_ignored(self):
+    def test_ignores_exif_orientation(self):
         exif = Image.Exif()
         exif[0x0112] = 6  # turn by 90 degrees
         image = smooth_image(60, 90)
@@ -87,19 +87,19 @@ class TestDecode:
             "truncated BMP",
         ],
     )
-    def test_damaged_data_are_one_kind_of_error(self, data):
+    def test_damage_raises_one_kind_of_error(self, data):
         with pytest.raises(decode.UnreadableImageError):
             decode.decode_train(data, np.random.default_rng(0), 32)
         with pytest.raises(decode.UnreadableImageError):
             decode.decode_eval(data, 40, 32)
 
-    def test_too_many_pixels_are_refused_before_they_are_decoded(self, monkeypatch):
+    def test_rejects_too_many_pixels_before_decoding(self, monkeypatch):
         monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 90 - 1)
         monkeypatch.setattr(decode, "decode_rgb", None)
         with pytest.raises(decode.UnreadableImageError, match="90 x 60"):
             decode.decode_eval(encode(smooth_image(60, 90)))
 
-    def test_a_scaled_image_is_smaller_but_not_too_small(self):
+    def test_scaled_image_is_not_too_small(self):
         data = encode(smooth_image(400, 600))
         for shrink, shape in [
             (0.1, (400, 600, 3)),
@@ -128,19 +128,19 @@ class TestEval:
             (511, 257),
         ],
     )
-    def test_pixels_are_torchvisions(self, shape):
+    def test_pixels_equal_torchvision(self, shape):
         data = encode(smooth_image(*shape))
         actual = decode.decode_eval(data)
         assert actual.dtype == np.uint8
         np.testing.assert_array_equal(actual, torchvision_eval(data, 256, 224))
 
-    def test_a_square_that_does_not_fit_is_an_error(self):
+    def test_rejects_crop_larger_than_image(self):
         with pytest.raises(ValueError, match="224"):
             decode.decode_eval(encode(smooth_image(60, 90)), resize=200, size=224)
 
 
 class TestRandomCrop:
-    def test_boxes_are_inside_and_as_large_as_they_should_be(self):
+    def test_boxes_are_inside_and_in_range(self):
         rng = np.random.default_rng(0)
         height, width = 600, 800
         boxes = np.array([decode.random_crop(height, width, rng) for _ in range(4000)])
@@ -157,7 +157,7 @@ class TestRandomCrop:
         for place in (top / (height - crop_height).clip(1), left / (width - crop_width).clip(1)):
             assert abs(place[area < 0.5].mean() - 0.5) < 0.02
 
-    def test_small_boxes_are_uniform_in_area_and_in_the_logarithm_of_the_ratio(self):
+    def test_small_boxes_are_uniform_in_area_and_log_ratio(self):
         rng = np.random.default_rng(1)
         boxes = np.array([decode.random_crop(1000, 1000, rng) for _ in range(8000)])
         area = boxes[:, 2] * boxes[:, 3] / 1e6
@@ -171,7 +171,7 @@ class TestRandomCrop:
         ("height", "width", "expected"),
         [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 3000, (0, 1499, 1, 1))],
     )
-    def test_a_strip_gets_the_central_crop(self, height, width, expected):
+    def test_strip_gets_central_crop(self, height, width, expected):
         assert decode.random_crop(height, width, np.random.default_rng(0)) == expected
 
 
@@ -179,7 +179,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         "shape", [(300, 400), (900, 1200), (64, 48), (30, 40), (7, 400), (1, 1)]
     )
-    def test_it_is_near_pillows_crop_of_the_full_image(self, shape):
+    def test_crop_is_close_to_pillows(self, shape):
         data = encode(smooth_image(*shape))
         full = Image.open(io.BytesIO(data))
         for seed in range(5):

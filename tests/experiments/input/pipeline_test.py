@@ -1,4 +1,4 @@
-"""The batches: which images, how shared out, how resumed, and what becomes of bad files and of the workers."""
+"""The batches: their images, sharing among hosts, resumption, bad files and workers."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def jpeg(colour, shape=(24, 32)):
 
 
 class Greys:
-    """Image i is a grey of i, label i modulo the number of classes. Some files may be bad."""
+    """Image i is a grey of i with label i modulo the number of classes; some files may be bad."""
 
     num_classes = 5
 
@@ -85,7 +85,7 @@ def evaluate(source, *, batch_size=4, num_workers=0, host=0, hosts=1, limit=None
 
 
 def take(count, batches):
-    """The first batches, as arrays of our own; closes the rest."""
+    """Copies the first batches, and closes the iterator."""
     with contextlib.closing(batches):
         return [
             {key: np.array(value) for key, value in batch.items()}
@@ -101,7 +101,7 @@ def assert_same(actual, expected):
 
 
 def rows(batches):
-    """Each image with its label and jitter, in an order of their own."""
+    """Sorts the images, each with its label and jitter."""
     return sorted(
         tuple(np.asarray(batch[key][i]).tobytes() for key in sorted(batch))
         for batch in batches
@@ -110,13 +110,12 @@ def rows(batches):
 
 
 def greys(batches):
-    return np.concatenate(
-        [batch["image"].mean(axis=(1, 2, 3)).round().astype(int) for batch in batches]
-    )
+    means = [batch["image"].mean(axis=(1, 2, 3)) for batch in batches]
+    return np.concatenate(means).round().astype(int)
 
 
 class TestTrain:
-    def test_a_batch_is_what_the_step_expects(self):
+    def test_batch_shapes_and_dtypes(self):
         (batch,) = take(1, train(Greys(10)))
         assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
             "image": ((4, SIZE, SIZE, 3), np.uint8),
@@ -125,13 +124,13 @@ class TestTrain:
         }
         np.testing.assert_array_equal(batch["label"], greys([batch]) % 5)
 
-    def test_every_image_comes_once_an_epoch_in_another_order(self):
+    def test_each_epoch_is_a_new_permutation(self):
         seen = greys(take(6, train(Greys(12)))).reshape(2, 12)
         np.testing.assert_array_equal(np.sort(seen, axis=1), [range(12)] * 2)
         assert (seen[0] != seen[1]).any()
         assert (seen[0] != range(12)).any()
 
-    def test_the_seed_decides(self):
+    def test_seed_determines_batches(self):
         source = Greys(12)
         first, again, other = (take(3, train(source, seed=seed)) for seed in (1, 1, 2))
         assert_same(first, again)
@@ -139,16 +138,14 @@ class TestTrain:
         assert (first[0]["jitter"] != other[0]["jitter"]).any()
 
     def test_jitter_is_uniform_around_one(self):
-        jitter = np.concatenate(
-            [batch["jitter"] for batch in take(100, train(Greys(10), batch_size=10))]
-        )
-        np.testing.assert_allclose(
-            np.quantile(jitter, [0, 0.25, 0.5, 0.75, 1]), [0.8, 0.9, 1, 1.1, 1.2], atol=0.015
-        )
+        batches = take(100, train(Greys(10), batch_size=10))
+        jitter = np.concatenate([batch["jitter"] for batch in batches])
+        quantiles = np.quantile(jitter, [0, 0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(quantiles, [0.8, 0.9, 1, 1.1, 1.2], atol=0.015)
         assert abs(np.corrcoef(jitter, rowvar=False)[np.triu_indices(3, 1)]).max() < 0.12
 
     @pytest.mark.parametrize("start", [2, 3, 7])
-    def test_a_resumed_run_goes_on_as_if_uninterrupted(self, start):
+    def test_resumed_batches_equal_uninterrupted_ones(self, start):
         source = Greys(10)  # 2.5 batches: epochs end within a batch
         assert_same(take(4, train(source, start=start)), take(start + 4, train(source))[start:])
 
@@ -159,17 +156,17 @@ class TestTrain:
         for i in range(5):
             assert rows([whole[i]]) == rows([halves[0][i], halves[1][i]])
 
-    def test_a_late_start_in_a_large_data_set_is_quick(self):
+    def test_late_start_in_large_data_set_is_fast(self):
         started = time.perf_counter()
         (batch,) = take(1, train(Million(), start=1_000_000))
         assert time.perf_counter() - started < 5
         assert (batch["label"] >= 0).all()
 
-    def test_fewer_images_than_a_batch_is_an_error(self):
+    def test_rejects_fewer_images_than_a_batch(self):
         with pytest.raises(ValueError, match="10 images are fewer than a batch of 12"):
             train(Greys(10), batch_size=6, hosts=2)
 
-    def test_other_classes_are_an_error(self):
+    def test_rejects_other_number_of_classes(self):
         for make in (train, evaluate):
             source = Greys(10)
             source.num_classes = 4
@@ -177,7 +174,7 @@ class TestTrain:
                 make(source)
 
     @pytest.mark.parametrize("label", [-1, 5])
-    def test_a_label_out_of_range_is_an_error(self, label):
+    def test_rejects_label_out_of_range(self, label):
         source = Greys(4, labels=[0, 1, label, 3])
         for make in (train, evaluate):
             with pytest.raises(ValueError, match=rf"grey 2 has label {label}.*\[0, 5\)"):
@@ -185,7 +182,7 @@ class TestTrain:
 
 
 class TestBadFiles:
-    def test_they_are_black_and_marked_and_named_once(self, capfd, monkeypatch):
+    def test_are_black_marked_and_reported_once(self, capfd, monkeypatch):
         monkeypatch.setattr(pipeline, "_reported", set())
         source = Greys(12, damaged={7}, unreadable={9})
         batches = take(6, train(source))  # two epochs
@@ -193,19 +190,18 @@ class TestBadFiles:
         images = np.concatenate([batch["image"] for batch in batches])
         assert (labels == pipeline.UNREADABLE).sum() == 4
         assert not images[labels == pipeline.UNREADABLE].any()
-        np.testing.assert_array_equal(
-            np.unique(greys(batches)[labels >= 0]), [0, 1, 2, 3, 4, 5, 6, 8, 10, 11]
-        )
+        good = np.unique(greys(batches)[labels >= 0])
+        np.testing.assert_array_equal(good, [0, 1, 2, 3, 4, 5, 6, 8, 10, 11])
         warnings = capfd.readouterr().err
         assert warnings.count("grey 7") == 1
         assert warnings.count("record 9") == 1
         assert "grey 9: no such file" in warnings
 
-    def test_evaluation_goes_on_too(self):
+    def test_are_skipped_in_evaluation_too(self):
         (batch,) = take(2, evaluate(Greys(4, damaged={1})))
         np.testing.assert_array_equal(batch["label"], [0, pipeline.UNREADABLE, 2, 3])
 
-    def test_if_most_are_bad_the_run_ends(self, monkeypatch):
+    def test_end_the_run_if_most_are_bad(self, monkeypatch):
         monkeypatch.setattr(pipeline, "_WINDOW", 8)
         assert len(take(6, train(Greys(8, unreadable=range(4))))) == 6
         with pytest.raises(RuntimeError, match="5 of the last 8"):
@@ -213,7 +209,7 @@ class TestBadFiles:
 
 
 class TestEval:
-    def test_each_image_once_and_the_last_batch_is_padded(self):
+    def test_each_image_once_in_padded_batches(self):
         batches = take(10, evaluate(Greys(10)))
         labels = np.concatenate([batch["label"] for batch in batches])
         np.testing.assert_array_equal(labels, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, -1, -1])
@@ -221,45 +217,42 @@ class TestEval:
         assert batches[0].keys() == {"image", "label"}
         assert batches[-1]["image"].shape == (4, SIZE, SIZE, 3)
 
-    def test_hosts_have_the_same_number_of_batches(self):
+    def test_hosts_get_the_same_number_of_batches(self):
         halves = [take(10, evaluate(Greys(9), host=host, hosts=2)) for host in range(2)]
         assert [len(half) for half in halves] == [2, 2]  # 9 images in batches of 8, padded
         labels = np.concatenate([batch["label"] for half in halves for batch in half])
         assert (labels == pipeline.PADDING).sum() == 7
         assert sorted(greys(halves[0] + halves[1])[labels >= 0]) == list(range(9))
 
-    def test_a_limit_spreads_over_the_source(self):
-        np.testing.assert_array_equal(
-            greys(take(10, evaluate(Greys(100), limit=4))), [0, 25, 50, 75]
-        )
+    def test_limit_spreads_over_the_source(self):
+        some = greys(take(10, evaluate(Greys(100), limit=4)))
+        np.testing.assert_array_equal(some, [0, 25, 50, 75])
         assert len(take(10, evaluate(Greys(10), limit=50))) == 3
 
-    def test_a_square_that_does_not_fit_is_an_error(self):
+    def test_rejects_crop_larger_than_image(self):
         shared = {"num_workers": 0, "num_classes": 5, "process_index": 0, "process_count": 1}
         with pytest.raises(ValueError, match="cannot cut 30"):
             pipeline.eval_batches(Greys(4), batch_size=2, size=30, resize=20, **shared)
 
 
 class TestWorkers:
-    def test_they_change_nothing_and_leave_the_accelerator_alone(
-        self, tmp_path, monkeypatch, capfd
-    ):
+    def test_change_nothing_and_need_no_accelerator(self, tmp_path, monkeypatch, capfd):
         for i in range(10):
             folder = tmp_path / "train" / f"n{i % 5}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{i}.JPEG").write_bytes(b"damaged" if i == 3 else jpeg(20 * i))
         source = FolderSource(str(tmp_path), "train")
-        jax.devices()  # here jax has its devices; a worker that asks for them now fails
+        jax.devices()  # jax has its devices here; a worker that asks for them now fails
         monkeypatch.setenv("JAX_PLATFORMS", "none_such")
         assert_same(take(5, train(source, start=1, num_workers=2)), take(5, train(source, start=1)))
         assert f"n3{os.sep}3.JPEG" in capfd.readouterr().err
 
-    def test_evaluation_with_more_workers_than_batches_and_an_error_in_one(self):
+    def test_error_in_one_of_more_workers_than_batches(self):
         source = Greys(4, labels=[0, 1, 2, 99])
         with pytest.raises(ValueError, match="grey 3 has label 99"):
             take(3, evaluate(source, num_workers=3))
 
-    def test_they_die_with_an_absl_script_that_is_killed(self, tmp_path):
+    def test_die_with_a_killed_script(self, tmp_path):
         (tmp_path / "train" / "n0").mkdir(parents=True)
         for i in range(8):
             (tmp_path / "train" / "n0" / f"{i}.jpg").write_bytes(jpeg(i))
@@ -312,7 +305,7 @@ def alive(pid):
 
 
 class TestSynthetic:
-    def test_it_is_like_the_real_batches_and_endless(self):
+    def test_noise_is_endless_and_like_real_batches(self):
         batches = pipeline.synthetic_batches(batch_size=4, num_classes=3, size=SIZE)
         batch, again = next(batches), next(batches)
         (real,) = take(1, train(Greys(10)))
@@ -325,17 +318,9 @@ class TestSynthetic:
         assert 0.8 <= batch["jitter"].min() < batch["jitter"].max() <= 1.2
 
     def test_hosts_differ_and_evaluation_ends(self):
+        options = {"batch_size": 4, "num_classes": 9, "size": SIZE, "color_jitter": None}
         one, other = (
-            list(
-                pipeline.synthetic_batches(
-                    batch_size=4,
-                    num_classes=9,
-                    process_index=host,
-                    size=SIZE,
-                    color_jitter=None,
-                    count=3,
-                )
-            )
+            list(pipeline.synthetic_batches(process_index=host, count=3, **options))
             for host in range(2)
         )
         assert len(one) == 3
@@ -345,7 +330,7 @@ class TestSynthetic:
 
 
 class TestPrefetch:
-    def test_it_runs_ahead_by_depth_and_loses_nothing(self):
+    def test_runs_ahead_by_depth_and_loses_nothing(self):
         put = []
 
         def start(batch):
@@ -357,10 +342,10 @@ class TestPrefetch:
         assert put == [1, 2, 3]
         assert list(ahead) == [-2, -3, -4, -5, -6]
 
-    def test_fewer_batches_than_its_depth(self):
+    def test_fewer_batches_than_depth(self):
         assert list(pipeline.prefetch_to_device(iter([1]), lambda batch: batch, depth=3)) == [1]
 
-    def test_closing_it_closes_the_batches(self):
+    def test_closing_closes_the_batches(self):
         closed = []
 
         def batches():
@@ -375,7 +360,7 @@ class TestPrefetch:
         assert closed == [True]
 
 
-def test_the_imagenet_sample_goes_through():
+def test_imagenet_sample():
     try:
         source = TfdsSource("imagenet2012", "train")
     except FileNotFoundError:

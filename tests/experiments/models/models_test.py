@@ -34,12 +34,12 @@ NAMES = sorted(SIZE)
 
 @functools.cache
 def abstract(name, **options):
-    """A network of shapes; tests share it, in whatever mode it is."""
+    """A network of shapes, shared by the tests in whatever mode it is."""
     return nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
 
 
 def weights(model):
-    """Parameters and statistics for a network of shapes; kernels from numpy, which is faster than compiling their initialisers."""
+    """Draws a network's parameters and statistics by numpy, faster than compiled initialisers."""
     generator = np.random.default_rng(0)
 
     def fill(keys, leaf):
@@ -53,7 +53,7 @@ def weights(model):
 
 
 def forward(model, training, seed=0):
-    """A function (params, batch_stats, images) -> (output, new batch_stats)."""
+    """Returns a function (params, batch_stats, images) -> (output, new batch_stats)."""
     graphdef, _, _ = models.split_model(model)
 
     def apply(params, batch_stats, images):
@@ -119,7 +119,7 @@ AUXILIARY = {
     ],
 )
 def test_constrained(name, options, count, first_and_last):
-    """All kernels but the first and the last, and nothing else; a kernel is what has two axes or four."""
+    """All kernels (leaves of two or four axes) but the first and the last, and nothing else."""
     model = abstract(name, **options)
     params = models.split_model(model)[1]
     chosen = {
@@ -145,7 +145,7 @@ def test_output(name, training):
     ] * len(logits)
 
 
-def test_googlenet_without_heads_gives_logits_alone():
+def test_googlenet_without_heads_returns_logits_alone():
     assert output_shape(abstract("googlenet", auxiliary_heads=False), True, 224).shape == (2, 1000)
 
 
@@ -156,7 +156,7 @@ def test_other_image_sizes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dtypes(name):
-    """All products but the heads' in bfloat16; what is kept in float32, statistics after a step too."""
+    """Products but the heads' are in bfloat16; parameters and updated statistics in float32."""
     model = abstract(name, dtype=jnp.bfloat16)
     trees = models.split_model(model)[1:]
     images = jax.ShapeDtypeStruct((2, SIZE[name], SIZE[name], CHANNELS[name]), jnp.float32)
@@ -208,7 +208,7 @@ def test_initialisation():
 
 
 def test_batch_statistics():
-    """A tenth of the batch's statistics in training, from a correlation written out; nothing in evaluation."""
+    """Training adds a tenth of the batch's statistics, here written out; evaluation nothing."""
     resnet20 = abstract("resnet20")
     params, stats = weights(resnet20)
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -226,7 +226,7 @@ def test_batch_statistics():
     np.testing.assert_allclose(trained["bn1"]["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
 
 
-def test_evaluation_looks_at_each_image_alone():
+def test_evaluation_treats_each_image_alone():
     resnet20 = abstract("resnet20")
     params, stats = weights(resnet20)
     images = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -239,7 +239,7 @@ def test_evaluation_looks_at_each_image_alone():
 
 
 def test_shortcut_without_parameters():
-    """With nothing added to it the block is its shortcut: every other pixel, channels of zeros on both sides."""
+    """A block that adds nothing: every other pixel, channels of zeros on both sides."""
     block = BasicBlock(4, 8, stride=2, projections=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
     block.bn2.scale[...] = jnp.zeros(8)
     block.eval()
@@ -267,11 +267,10 @@ def test_statistics_are_not_rounded():
 def test_max_pool(size, stride, padding, ceil_mode, length):
     """Window by window; with `ceil_mode` as many as start inside the image."""
     x = np.random.default_rng(0).normal(size=(2, length, length, 3)).astype(np.float32)
-    last = (
-        length + padding - (1 if ceil_mode else size - padding)
-    )  # where a window may start at most, counted from the padding
+    # The last start of a window, counted from the padding.
+    last = length + padding - (1 if ceil_mode else size - padding)
     starts = [start - padding for start in range(0, last + 1, stride)]
-    if ceil_mode:  # a window more than whole ones is needed only where pixels are left
+    if ceil_mode:  # one more window only if pixels are left
         starts = [start for start in starts if start == 0 or start - stride + size < length]
     want = np.stack(
         [np.stack([_max(x, i, j, size) for j in starts], axis=1) for i in starts], axis=1
@@ -287,7 +286,7 @@ def _max(x, row, column, size):
 
 @pytest.mark.parametrize("size", [4, 7, 14])
 def test_auxiliary_pooling(size):
-    """The mean of windows from floor(i n / 4) to ceil((i + 1) n / 4), by weights that are 1 inside and 0 outside."""
+    """Averages windows from floor(i n / 4) to ceil((i + 1) n / 4), by weights of 1 and 0."""
     x = np.random.default_rng(0).normal(size=(1, size, size, 2)).astype(np.float32)
     pixels, i = np.arange(size), np.arange(4)[:, None]
     inside = (pixels >= np.floor(i * size / 4)) & (pixels < np.ceil((i + 1) * size / 4))
@@ -298,7 +297,7 @@ def test_auxiliary_pooling(size):
     )
 
 
-def test_dropout_draws_from_the_call():
+def test_dropout_draws_from_the_rngs_of_the_call():
     head = googlenet.AuxiliaryHead(8, 10, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 14, 14, 8)).astype(np.float32)
     first, again, other = (np.asarray(head(x, rngs=nnx.Rngs(seed))) for seed in (1, 1, 2))
@@ -311,7 +310,7 @@ def test_dropout_draws_from_the_call():
 
 
 def test_transform_input():
-    """Images normalised for ImageNet become those normalised by 0.5 and 0.5."""
+    """Renormalises ImageNet's images to 0.5 and 0.5."""
     pixels = np.random.default_rng(0).uniform(size=(1, 33, 33, 3)).astype(np.float32)
     imagenet = (pixels - np.array([0.485, 0.456, 0.406], np.float32)) / np.array(
         [0.229, 0.224, 0.225], np.float32

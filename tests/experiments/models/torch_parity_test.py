@@ -1,4 +1,4 @@
-"""The networks against PyTorch's, on random weights and images: torchvision's, and the authors' AlexNet as described."""
+"""The networks against torchvision's and the authors' AlexNet, on random weights and images."""
 
 import collections
 
@@ -11,12 +11,12 @@ pytest.importorskip("torch", reason="needs torch: pip install torch")
 
 import torch
 from common import models
-from common.models import torch_weights as pretrained
+from common.models import torch_weights
 from flax import nnx
 
 
 def import_torchvision():
-    """torchvision; beside a build of torch for which its extension is missing, the operators that it would define are declared."""
+    """Imports torchvision; declares its operators if its extension is missing for this torch."""
     try:
         import torchvision
     except RuntimeError as error:
@@ -41,25 +41,35 @@ class TorchAlexNet(torch.nn.Module):
     def __init__(self):
         super().__init__()
         nn = torch.nn
+
+        def conv(features_in, features, *options, **named):
+            layer = nn.Conv2d(features_in, features, *options, bias=False, **named)
+            return layer, nn.BatchNorm2d(features, eps=1e-4), nn.ReLU()
+
+        def dense(features_in, features):
+            layer = nn.Linear(features_in, features, bias=False)
+            return layer, nn.BatchNorm1d(features, eps=1e-4), nn.ReLU()
+
         self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, stride=4, padding=2, bias=False), nn.BatchNorm2d(64, eps=1e-4), nn.ReLU(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(64, 192, 5, padding=2, bias=False), nn.BatchNorm2d(192, eps=1e-4), nn.ReLU(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(192, 384, 3, padding=1, bias=False), nn.BatchNorm2d(384, eps=1e-4), nn.ReLU(),
-            nn.Conv2d(384, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256, eps=1e-4), nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256, eps=1e-4), nn.ReLU(), nn.MaxPool2d(3, 2),
-        )  # fmt: skip
+            *conv(3, 64, 11, stride=4, padding=2),
+            nn.MaxPool2d(3, 2),
+            *conv(64, 192, 5, padding=2),
+            nn.MaxPool2d(3, 2),
+            *conv(192, 384, 3, padding=1),
+            *conv(384, 256, 3, padding=1),
+            *conv(256, 256, 3, padding=1),
+            nn.MaxPool2d(3, 2),
+        )
         self.classifier = nn.Sequential(
-            nn.Linear(9216, 4096, bias=False), nn.BatchNorm1d(4096, eps=1e-4), nn.ReLU(),
-            nn.Linear(4096, 4096, bias=False), nn.BatchNorm1d(4096, eps=1e-4), nn.ReLU(),
-            nn.Linear(4096, 1000),
-        )  # fmt: skip
+            *dense(9216, 4096), *dense(4096, 4096), nn.Linear(4096, 1000)
+        )
 
     def forward(self, images):
         return self.classifier(torch.flatten(self.features(images), 1))
 
 
 def randomized(model):
-    """The module in evaluation mode; its batch normalization is far from the identity, and its epsilon counts."""
+    """Returns the module in evaluation mode, with batch normalization far from the identity."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
@@ -80,9 +90,9 @@ def run_torch(model, batch):
 
 
 def load(name, path, **options):
-    """A network with the weights of a file, in evaluation mode."""
+    """Makes a network with the weights of a file, in evaluation mode."""
     model = nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
-    model = nnx.merge(models.split_model(model)[0], *pretrained.load_torch(path, model))
+    model = nnx.merge(models.split_model(model)[0], *torch_weights.load_torch(path, model))
     model.eval()
     return model
 
@@ -113,14 +123,14 @@ def test_googlenet_of_torchvision(tmp_path):
         "googlenet",
         tmp_path / "weights.pth",
         auxiliary_heads=False,
-        **pretrained.TORCHVISION_OPTIONS["googlenet"],
+        **torch_weights.TORCHVISION_OPTIONS["googlenet"],
     )
     assert_close(run(ours, images()), run_torch(theirs, images()))
 
 
 @pytest.mark.parametrize("size", [224, 97])
 def test_googlenet_with_auxiliary_heads(size, tmp_path):
-    """What training mode returns, dropout off and running statistics used; at 97 the adaptive windows differ in size."""
+    """In training mode but for dropout and statistics; at 97 the pooling windows' sizes differ."""
     theirs = randomized(torchvision.models.googlenet(transform_input=False, init_weights=False))
     theirs.training = True  # of this module alone
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
@@ -134,34 +144,33 @@ def test_googlenet_with_auxiliary_heads(size, tmp_path):
 
 
 def test_alexnet_of_the_authors(tmp_path):
-    """Their checkpoints: wrapped, from DistributedDataParallel, with the scales of the quantized layers."""
+    """Their checkpoints are wrapped, distributed, and have the quantized layers' scales."""
     theirs = randomized(TorchAlexNet())
     arrays = {f"module.{name}": value for name, value in theirs.state_dict().items()}
     arrays["module.features.4.scale"] = torch.full((1,), 0.02)
     torch.save({"epoch": 3, "model_state_dict": arrays, "best": 0.58}, tmp_path / "weights.pth")
     ours = load("alexnet", tmp_path / "weights.pth")
     assert_close(run(ours, images()), run_torch(theirs, images()))
-    back = pretrained.to_torch(ours, *models.split_model(ours)[1:])
+    back = torch_weights.to_torch(ours, *models.split_model(ours)[1:])
     np.testing.assert_array_equal(back["classifier.0.weight"], theirs.classifier[0].weight.detach())
 
 
 def test_training_mode_and_back(tmp_path):
-    """By the batch's statistics; the running variance is that of the batch here, and n / (n - 1) times as large in PyTorch."""
+    """The running variance is the batch's here, and n / (n - 1) times as large in PyTorch."""
     theirs = randomized(torchvision.models.resnet18()).train()
     safetensors = pytest.importorskip(
         "safetensors.torch", reason="needs safetensors: pip install safetensors"
     )
     safetensors.save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     ours = load("resnet18", tmp_path / "weights.safetensors")
-    before = pretrained.to_torch(ours, *models.split_model(ours)[1:])
-    theirs.load_state_dict(
-        {name: torch.from_numpy(value) for name, value in before.items()}
-    )  # strict: nothing is missing
+    before = torch_weights.to_torch(ours, *models.split_model(ours)[1:])
+    tensors = {name: torch.from_numpy(value) for name, value in before.items()}
+    theirs.load_state_dict(tensors)  # strict: nothing is missing
     ours.train()
     batch = images(count=4, size=96)
     assert_close(run(ours, batch), run_torch(theirs, batch), tolerance=1e-4)
 
-    after, want = pretrained.to_torch(ours, *models.split_model(ours)[1:]), theirs.state_dict()
+    after, want = torch_weights.to_torch(ours, *models.split_model(ours)[1:]), theirs.state_dict()
     side = {"bn1": 48, "layer1": 24, "layer2": 12, "layer3": 6, "layer4": 3}
     for name, old in before.items():
         if name.endswith("running_var"):
@@ -176,13 +185,13 @@ def test_training_mode_and_back(tmp_path):
 
 @pytest.fixture(scope="module")
 def resnet20():
-    """A network of shapes, and a state dict for it in bfloat16, whose values float32 holds exactly."""
+    """A network of shapes, and a state dict for it in bfloat16, which float32 holds exactly."""
     model = nnx.eval_shape(lambda: models.create("resnet20", rngs=nnx.Rngs(0)))
     ones = jax.tree.map(
         lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape),
         models.split_model(model)[1:],
     )
-    arrays = pretrained.to_torch(model, *ones)
+    arrays = torch_weights.to_torch(model, *ones)
     return model, {name: torch.from_numpy(value).bfloat16() for name, value in arrays.items()}
 
 
@@ -201,7 +210,7 @@ def resnet20():
 def test_state_dicts(resnet20, tmp_path, wrap):
     model, arrays = resnet20
     torch.save(wrap(arrays), tmp_path / "weights.pth")
-    back = pretrained.to_torch(model, *pretrained.load_torch(tmp_path / "weights.pth", model))
+    back = torch_weights.to_torch(model, *torch_weights.load_torch(tmp_path / "weights.pth", model))
     assert back.keys() == arrays.keys()
     for name, value in arrays.items():
         assert back[name].dtype == np.float32
@@ -211,35 +220,32 @@ def test_state_dicts(resnet20, tmp_path, wrap):
 @pytest.mark.parametrize(
     "content", [b"", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04 cut short"]
 )
-def test_no_checkpoint(resnet20, tmp_path, content):
+def test_rejects_other_files(resnet20, tmp_path, content):
     (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.pth is no PyTorch checkpoint, or is damaged"):
-        pretrained.load_torch(tmp_path / "weights.pth", resnet20[0])
+    with pytest.raises(
+        ValueError, match=r"weights\.pth is not a PyTorch checkpoint, or is damaged"
+    ):
+        torch_weights.load_torch(tmp_path / "weights.pth", resnet20[0])
 
 
-def test_truncated_checkpoint(resnet20, tmp_path):
+def test_rejects_truncated_checkpoint(resnet20, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(resnet20[1], path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="damaged"):
-        pretrained.load_torch(path, resnet20[0])
+        torch_weights.load_torch(path, resnet20[0])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            lambda: torch.nn.Linear(2, 2),
-            "holds more than tensors",
-        ),  # a pickled module would run code
+        # A pickled module would run code.
+        (lambda: torch.nn.Linear(2, 2), "holds more than tensors"),
         (lambda: [torch.ones(2)], "holds no state dict but a list"),
-        (
-            lambda: {"epoch": 3, "net": {"w": torch.ones(2)}},
-            "holds no state dict: not tensors are epoch, net",
-        ),
+        (lambda: {"epoch": 3, "net": {"w": torch.ones(2)}}, "these are not tensors: epoch, net"),
     ],
 )
-def test_other_pickles(resnet20, tmp_path, content, message):
+def test_rejects_other_pickles(resnet20, tmp_path, content, message):
     torch.save(content(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=message):
-        pretrained.load_torch(tmp_path / "weights.pth", resnet20[0])
+        torch_weights.load_torch(tmp_path / "weights.pth", resnet20[0])

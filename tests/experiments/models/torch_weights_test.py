@@ -1,4 +1,4 @@
-"""Weight files, as safetensors: this file needs no torch. That outputs agree with PyTorch is in torch_parity_test.py."""
+"""Weight files as safetensors, without torch; torch_parity_test.py compares outputs."""
 
 import sys
 
@@ -12,12 +12,18 @@ pytest.importorskip("safetensors", reason="needs safetensors: pip install safete
 
 import safetensors.numpy
 from common import models
-from common.models import torch_weights as pretrained
+from common.models import torch_weights
 from flax import nnx
 
 
 def abstract(name, **options):
     return nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0), **options))
+
+
+def filled(model, value):
+    """A network's parameters and statistics, all of one value."""
+    trees = models.split_model(model)[1:]
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), trees)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def resnet20():
 
 @pytest.fixture
 def state_dict():
-    """PyTorch's ResNet-20, written out: names and shapes of its modules."""
+    """The names and shapes of PyTorch's ResNet-20, written out."""
     generator = np.random.default_rng(0)
     arrays = {}
 
@@ -54,11 +60,11 @@ def state_dict():
 
 @pytest.fixture
 def load(tmp_path):
-    """A function (state dict, model) -> what is loaded of it from a file."""
+    """A function that saves a state dict and loads it for a model."""
 
     def load(arrays, model):
         safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
-        return pretrained.load_torch(tmp_path / "weights.safetensors", model)
+        return torch_weights.load_torch(tmp_path / "weights.safetensors", model)
 
     return load
 
@@ -68,7 +74,7 @@ def assert_same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_where_everything_goes(resnet20, state_dict, load):
+def test_places_every_array(resnet20, state_dict, load):
     params, batch_stats = load(state_dict, resnet20)
     kernel = state_dict["layer2.0.conv1.weight"]
     loaded = params["layer2"][0]["conv1"]["kernel"]
@@ -87,16 +93,16 @@ def test_where_everything_goes(resnet20, state_dict, load):
     np.testing.assert_array_equal(batch_stats["bn1"]["var"], state_dict["bn1.running_var"])
 
 
-def test_fits_the_network(resnet20, state_dict, load):
+def test_loaded_weights_fit_the_network(resnet20, state_dict, load):
     """Names, shapes and dtypes are those of `split_model`, and all of it runs."""
     graphdef, *trees = models.split_model(resnet20)
     loaded = load(state_dict, resnet20)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), loaded) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), tuple(trees)
+    ours, theirs = (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (tuple(trees), loaded)
     )
-    assert all(
-        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded)
-    )  # Flax writes into numpy's
+    assert ours == theirs
+    # Flax would write into numpy's.
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
     model = nnx.merge(graphdef, *loaded)
     model.eval()
     assert jax.eval_shape(
@@ -104,15 +110,14 @@ def test_fits_the_network(resnet20, state_dict, load):
     ).shape == (1, 10)
 
 
-def test_there_and_back(resnet20, state_dict, load):
-    back = pretrained.to_torch(resnet20, *load(state_dict, resnet20))
+def test_round_trip(resnet20, state_dict, load):
+    back = torch_weights.to_torch(resnet20, *load(state_dict, resnet20))
     assert back.keys() == state_dict.keys()
-    assert all(
-        value.flags.c_contiguous and value.flags.writeable for value in back.values()
-    )  # as safetensors and torch want them
+    # As safetensors and torch need them.
+    assert all(value.flags.c_contiguous and value.flags.writeable for value in back.values())
     for name, value in state_dict.items():
         np.testing.assert_array_equal(back[name], value)
-    assert_same(load(back, resnet20), load(state_dict, resnet20))  # as written to a file, too
+    assert_same(load(back, resnet20), load(state_dict, resnet20))  # through a file, too
 
 
 @pytest.mark.parametrize(
@@ -126,17 +131,14 @@ def test_there_and_back(resnet20, state_dict, load):
         ("bn1/mean", "bn1.running_mean"),
     ],
 )
-def test_names(ours, theirs):
-    assert pretrained.torch_name(ours) == theirs
+def test_torch_name(ours, theirs):
+    assert torch_weights.torch_name(ours) == theirs
 
 
 def test_flattened_images(load):
-    """PyTorch's dense layer on an image flattened with its channels first, ours on the same image with its channels last."""
+    """PyTorch flattens an image with channels first, we with channels last."""
     model = abstract("googlenet", num_classes=2)
-    zeros = pretrained.to_torch(
-        model,
-        *jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), models.split_model(model)[1:]),
-    )
+    zeros = torch_weights.to_torch(model, *filled(model, 0))
     image = np.random.default_rng(0).normal(size=(4, 4, 128))
     for head in ("aux1", "aux2"):
         weight = np.random.default_rng(1).normal(size=(1024, 2048)).astype(np.float32)
@@ -146,30 +148,25 @@ def test_flattened_images(load):
             image.ravel() @ kernel, weight @ image.transpose(2, 0, 1).ravel(), atol=1e-9
         )
         np.testing.assert_array_equal(
-            pretrained.to_torch(model, params, stats)[f"{head}.fc1.weight"], weight
+            torch_weights.to_torch(model, params, stats)[f"{head}.fc1.weight"], weight
         )
 
 
-def test_names_of_distributed_training(resnet20, state_dict, load):
+def test_strips_distributed_prefix(resnet20, state_dict, load):
     assert_same(
         load({f"module.{name}": value for name, value in state_dict.items()}, resnet20),
         load(state_dict, resnet20),
     )
 
 
-def test_known_and_unused(resnet20, state_dict, load):
+def test_ignores_counters_and_scales(resnet20, state_dict, load):
     more = {"bn1.num_batches_tracked": np.array(7), "layer1.0.conv1.scale": np.ones(1, np.float32)}
     assert_same(load(state_dict | more, resnet20), load(state_dict, resnet20))
 
 
-def test_heads_are_dropped_where_the_network_has_none(load):
+def test_drops_auxiliary_heads_for_networks_without_them(load):
     with_heads, without = abstract("googlenet"), abstract("googlenet", auxiliary_heads=False)
-    arrays = pretrained.to_torch(
-        with_heads,
-        *jax.tree.map(
-            lambda leaf: np.ones(leaf.shape, leaf.dtype), models.split_model(with_heads)[1:]
-        ),
-    )
+    arrays = torch_weights.to_torch(with_heads, *filled(with_heads, 1))
     params, _ = load(arrays, without)
     assert jax.tree.structure(params) == jax.tree.structure(models.split_model(without)[1])
     headless = {name: value for name, value in arrays.items() if not name.startswith("aux")}
@@ -186,7 +183,7 @@ def test_other_floats(resnet20, state_dict, load, dtype):
     )
 
 
-def test_everything_wrong_is_listed(resnet20, state_dict, load):
+def test_lists_every_mismatch(resnet20, state_dict, load):
     del state_dict["layer1.0.conv1.weight"], state_dict["bn1.running_var"]
     state_dict["fc.weight"] = np.ones((1000, 64), np.float32)
     state_dict["head.weight"] = np.ones((2, 3), np.float32)
@@ -208,7 +205,7 @@ def test_everything_wrong_is_listed(resnet20, state_dict, load):
     ]
 
 
-def test_another_network(resnet20, state_dict, load):
+def test_rejects_another_network(resnet20, state_dict, load):
     """Every weight of the file is unexpected, every one of the network missing."""
     with pytest.raises(ValueError, match="AlexNet") as error:
         load(state_dict, abstract("alexnet"))
@@ -218,9 +215,9 @@ def test_another_network(resnet20, state_dict, load):
     assert len(str(error.value).splitlines()) == 1 + len(state_dict) + alexnet
 
 
-def test_no_file(resnet20, tmp_path):
+def test_missing_file(resnet20, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"resnet\.pth: download"):
-        pretrained.load_torch(tmp_path / "resnet.pth", resnet20)
+        torch_weights.load_torch(tmp_path / "resnet.pth", resnet20)
 
 
 @pytest.mark.parametrize(
@@ -235,17 +232,17 @@ def test_damaged_file(resnet20, state_dict, tmp_path, damage):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(damage(safetensors.numpy.save(state_dict)))
     with pytest.raises(
-        ValueError, match=r"weights\.safetensors is no safetensors file, or is damaged"
+        ValueError, match=r"weights\.safetensors is not a safetensors file, or is damaged"
     ):
-        pretrained.load_torch(path, resnet20)
+        torch_weights.load_torch(path, resnet20)
 
 
 @pytest.mark.parametrize(
     ("name", "module"), [("weights.pth", "torch"), ("weights.safetensors", "safetensors.numpy")]
 )
-def test_package_missing(resnet20, tmp_path, monkeypatch, name, module):
+def test_missing_package(resnet20, tmp_path, monkeypatch, name, module):
     (tmp_path / name).write_bytes(b"")
     monkeypatch.setitem(sys.modules, module, None)
     package = module.partition(".")[0]
     with pytest.raises(ImportError, match=f"reading {name} needs {package}: pip install {package}"):
-        pretrained.load_torch(tmp_path / name, resnet20)
+        torch_weights.load_torch(tmp_path / name, resnet20)

@@ -1,4 +1,4 @@
-"""The figures of a run: what is drawn, read back from matplotlib's own objects, and the files."""
+"""The figures of a run, read back from matplotlib's objects, and the files."""
 
 import numpy as np
 import pytest
@@ -11,11 +11,14 @@ from common.report import figures
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, which stay readable after they are closed."""
+    """The saved figures, which stay readable after they are closed."""
     found, save = [], figures._save
-    monkeypatch.setattr(
-        figures, "_save", lambda figure, path: (found.append(figure), save(figure, path))
-    )
+
+    def record(figure, path):
+        found.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(figures, "_save", record)
     return found
 
 
@@ -37,21 +40,16 @@ def lines_with(axes, xs):
 
 
 def test_png_and_pdf(tmp_path):
-    figures.plot_training(
-        tmp_path / "figures" / "training.png",
-        "title",
-        {"cbp": rows([0.8, 0.9]), "ste": rows([0.7, 0.9])},
-        0.95,
-    )
-    figures.plot_weights(
-        tmp_path / "figures" / "weights.png", "title", {"before": np.linspace(-2, 2, 99)}, (-1, 1)
-    )
+    folder, snapshots = tmp_path / "figures", {"before": np.linspace(-2, 2, 99)}
+    cbp, ste = rows([0.8, 0.9]), rows([0.7, 0.9])
+    figures.plot_training(folder / "training.png", "title", {"ste": ste, "cbp": cbp}, 0.95)
+    figures.plot_weights(folder / "weights.png", "title", snapshots, (-1, 1))
     for stem in ("training", "weights"):
-        assert (tmp_path / "figures" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / "figures" / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+        assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_single_epoch_is_seen(drawn, tmp_path):
+def test_single_epoch_is_visible(drawn, tmp_path):
     figures.plot_training(tmp_path / "f" / "t.png", "title", {"cbp": rows([0.8])}, 0.95)
     top, bottom, right = drawn[0].axes
     for axes in (top, bottom, right):
@@ -61,7 +59,7 @@ def test_a_single_epoch_is_seen(drawn, tmp_path):
         assert low < line.get_ydata()[0] < high
 
 
-def test_what_the_axis_cuts_off_is_marked(drawn, tmp_path):
+def test_marks_what_the_axis_cuts_off(drawn, tmp_path):
     accuracies = [0.1, 0.2, *np.linspace(0.9, 0.92, 30)]
     figures.plot_training(tmp_path / "f" / "t.png", "title", {"cbp": rows(accuracies)}, 0.95)
     top = drawn[0].axes[0]
@@ -73,12 +71,12 @@ def test_what_the_axis_cuts_off_is_marked(drawn, tmp_path):
     assert "below the axis" not in [text.get_text() for text in drawn[1].legends[0].get_texts()]
 
 
-def test_a_run_without_a_window_has_no_axis_for_it(drawn, tmp_path):
+def test_run_without_window_has_no_axis_for_it(drawn, tmp_path):
     figures.plot_training(tmp_path / "f" / "t.png", "title", {"ste": rows([0.8, 0.9])}, 0.95)
     assert len(drawn[0].axes) == 2
 
 
-def test_histograms_have_one_scale(drawn, tmp_path):
+def test_histograms_share_one_scale(drawn, tmp_path):
     rng = np.random.default_rng(0)
     snapshots = {
         "before": rng.normal(size=2000),
@@ -93,12 +91,11 @@ def test_histograms_have_one_scale(drawn, tmp_path):
     assert max(shares[2]) == pytest.approx(50)
 
 
-def test_weights_beyond_the_ends_are_noted(drawn, tmp_path):
+def test_notes_weights_beyond_the_ends(drawn, tmp_path):
     before = np.linspace(-1, 1, 1000)
     after = np.where(np.arange(1000) < 20, 9.0, before)
-    figures.plot_weights(
-        tmp_path / "f" / "w.png", "title", {"before": before, "after": after}, (-1, 1)
-    )
+    snapshots = {"before": before, "after": after}
+    figures.plot_weights(tmp_path / "f" / "w.png", "title", snapshots, (-1, 1))
     notes = [[text.get_text() for text in panel.texts] for panel in drawn[0].axes]
     assert notes[0] == []
     assert len(notes[1]) == 1

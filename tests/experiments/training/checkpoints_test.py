@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what is refused, and what happens to damage."""
+"""Checkpoints: what is restored, what is rejected, and how damage is handled."""
 
 import json
 
@@ -30,7 +30,7 @@ def assert_equal(tree, other):
 
 @pytest.fixture
 def three(tmp_path):
-    """A run's folder with checkpoints of the steps 1, 2 and 3."""
+    """A run's folder with checkpoints of steps 1, 2 and 3."""
     writer = checkpoints.Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
         writer.save(step, {"tree": make_tree(value=step)}, {"step": step})
@@ -42,14 +42,14 @@ def files_of(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_the_newest_comes_back_bit_for_bit(three):
+def test_restores_the_newest_bit_for_bit(three):
     reader = checkpoints.Checkpoints(three)
     step, trees, notes = reader.restore_newest({"tree": make_tree()})
     assert (step, notes, reader.newest()) == (3, {"step": 3}, 3)
     assert_equal(trees["tree"], make_tree(value=3))
 
 
-def test_only_the_newest_few_are_kept(tmp_path):
+def test_keeps_only_the_newest_few(tmp_path):
     writer = checkpoints.Checkpoints(tmp_path, keep=2)
     for step in range(5):
         writer.save(step, {"tree": make_tree(value=step)}, {})
@@ -61,14 +61,14 @@ def test_only_the_newest_few_are_kept(tmp_path):
     assert_equal(trees["tree"], make_tree(value=4))
 
 
-def test_an_empty_folder_has_none(tmp_path):
+def test_empty_folder_has_none(tmp_path):
     reader = checkpoints.Checkpoints(tmp_path)
     assert reader.restore_newest({"tree": make_tree()}) is None
     assert reader.newest() is None
 
 
 def flip_a_bit(folder):
-    """In the middle of the largest file, where the weights are; Orbax itself does not notice."""
+    """Changes the middle of the largest file, where the weights are; Orbax does not notice."""
     largest = max(files_of(folder), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -86,7 +86,7 @@ def empty(folder):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_off, empty])
-def test_a_damaged_checkpoint_is_passed_over(three, damage):
+def test_skips_damaged_checkpoint(three, damage):
     damage(three / "3")
     reader = checkpoints.Checkpoints(three)
     with pytest.warns(UserWarning, match="step 3 in .* cannot be read"):
@@ -96,8 +96,8 @@ def test_a_damaged_checkpoint_is_passed_over(three, damage):
     assert (three / "3").is_dir()  # reading moves nothing
 
 
-def test_a_run_puts_damaged_checkpoints_aside_and_saves_their_steps_again(three):
-    (three / "damaged_3").mkdir()  # it is not the first time
+def test_put_aside_renames_damaged_checkpoints(three):
+    (three / "damaged_3").mkdir()  # not for the first time
     cut_off(three / "3")
     reader = checkpoints.Checkpoints(three)
     with pytest.warns(UserWarning, match="step 3 in .* cannot be read"):
@@ -111,10 +111,10 @@ def test_a_run_puts_damaged_checkpoints_aside_and_saves_their_steps_again(three)
     assert_equal(trees["tree"], make_tree(value=30))
 
 
-def test_if_all_are_damaged_nothing_is_started_afresh(three):
+def test_raises_if_all_are_damaged(three):
     for step in "123":
         cut_off(three / step)
-    for _ in range(2):  # and the second try says the same
+    for _ in range(2):  # the second try raises the same
         with (
             pytest.warns(UserWarning, match="cannot be read"),
             pytest.raises(ValueError, match="none of the checkpoints"),
@@ -122,7 +122,7 @@ def test_if_all_are_damaged_nothing_is_started_afresh(three):
             checkpoints.Checkpoints(three).restore_newest({"tree": make_tree()})
 
 
-def test_another_constraint_is_an_error_not_damage(three):
+def test_another_tree_is_an_error_not_damage(three):
     with pytest.raises(checkpoints.AnotherTreeError, match=r"ternary(.|\n)*binary"):
         checkpoints.Checkpoints(three).restore_newest({"tree": make_tree("binary")})
     other = make_tree()
@@ -135,11 +135,8 @@ def test_another_constraint_is_an_error_not_damage(three):
 
 
 def test_donated_arrays_are_saved_as_they_were(tmp_path):
-    """Writing goes on in the background while the next step overwrites the memory."""
-    overwrite = jax.jit(
-        lambda tree: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), tree),
-        donate_argnums=0,
-    )
+    """Writing continues in the background while the next step overwrites the memory."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
     writer = checkpoints.Checkpoints(tmp_path, keep=9)
     tree = {"w": jnp.zeros((2000, 1000))}
     for step in range(4):
@@ -155,8 +152,8 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
         (tmp_path / str(step)).rename(tmp_path / f"gone_{step}")
 
 
-def test_arrays_of_many_devices_are_read_as_numpy(tmp_path):
-    """As a machine with other devices must."""
+def test_reads_sharded_arrays_as_numpy(tmp_path):
+    """As needed on a machine with other devices."""
     params = {"kernel": jnp.linspace(-1, 1, 2**17).reshape(512, 256)}
     state = mesh.put_state(params, mesh.state_shardings(mesh.make_mesh(8), params, params))
     writer = checkpoints.Checkpoints(tmp_path)
@@ -170,7 +167,7 @@ def test_arrays_of_many_devices_are_read_as_numpy(tmp_path):
 
 
 def test_shardings_may_change_between_save_and_restore(tmp_path):
-    """Saved from one device, read by eight; the check sums do not depend on the layout."""
+    """Saved from one device, read on eight; check sums do not depend on the layout."""
     params = {"kernel": jnp.linspace(-1, 1, 2**17).reshape(512, 256)}
     state = {"params": params, "opt_state": cbp_jax.cbp("binary").init(params)}
     writer = checkpoints.Checkpoints(tmp_path)
@@ -182,15 +179,12 @@ def test_shardings_may_change_between_save_and_restore(tmp_path):
     )
     _, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest({"tree": like})
     assert_equal(trees["tree"], state)
-    for restored in (
-        trees["tree"]["params"]["kernel"],
-        trees["tree"]["opt_state"].multipliers["kernel"],
-    ):
-        assert restored.addressable_shards[0].data.size == 2**17 // 8
+    for tree in (trees["tree"]["params"], trees["tree"]["opt_state"].multipliers):
+        assert tree["kernel"].addressable_shards[0].data.size == 2**17 // 8
 
 
 def test_check_sums():
-    """Against integers of any length, in Python."""
+    """Against Python's integers of any length."""
     array = np.array([[1.5, -2.0], [0.0, 3.25]], np.float32)
     weights = [(row * 2654435761 + column) % 2**32 for row in (0, 1) for column in (0, 1)]
     expected = sum(
@@ -201,14 +195,11 @@ def test_check_sums():
     swapped = jnp.asarray(array[::-1])
     assert checkpoints._sums({"a": swapped}) != [expected % 2**32]
     for dtype in (jnp.bool_, jnp.int8, jnp.bfloat16, jnp.uint32, jnp.float32):
-        zeros, one = (
-            jnp.zeros((3, 4), dtype),
-            jnp.zeros((3, 4), dtype).at[1, 2].set(jnp.ones((), dtype)),
-        )
+        zeros = jnp.zeros((3, 4), dtype)
         assert checkpoints._sums([zeros]) == [0]
-        assert checkpoints._sums([one]) != [0]
+        assert checkpoints._sums([zeros.at[1, 2].set(jnp.ones((), dtype))]) != [0]
 
 
-def test_notes_are_json(three):
+def test_run_is_json(three):
     notes = checkpoints.Checkpoints(three).restore_newest({"tree": make_tree()})[2]
     assert json.loads(json.dumps(notes)) == notes
