@@ -4,8 +4,8 @@
     python experiments/cifar10_resnet20.py --config.pretrained=runs/resnet20 \\
         --config.constraint=binary --workdir=runs/resnet20_binary
 
-Rerun the same command to resume. Meant for an accelerator; `experiments/update_pages.py` says how it
-was shortened for a CPU.
+Rerun the same command to resume. Meant for an accelerator; `experiments/update_pages.py` has the
+settings of a run cut short for a CPU.
 """
 
 import ml_collections

@@ -30,8 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.window_factor = 1.5
     # Weights travel about their own size before the learning rate drops.
     config.learning_rate = 3e-2
-    # Once constrained, a weight oscillates around its level by multiplier times learning rate: small
-    # is better, as long as the multipliers outgrow the gradients of the loss, which are tiny here.
+    # Once constrained, a weight oscillates around its level by multiplier times learning rate: a
+    # small rate is better, if the multipliers outgrow the loss's gradients, which are tiny here.
     config.multiplier_learning_rate = 3e-4
     return config
 

@@ -1,4 +1,4 @@
-"""Accuracy and constraint-failure score of a run's newest checkpoint, or accuracy of a PyTorch file.
+"""Evaluates a run's newest checkpoint (accuracy, constraint-failure score) or a PyTorch file.
 
     python experiments/evaluate.py --workdir=runs/digits/binary
     python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent

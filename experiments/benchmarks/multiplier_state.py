@@ -61,11 +61,8 @@ def measure() -> list[dict[str, Any]]:
         study.run(config, workdir, [entry for entry, _ in entries])
         for entry, about in entries:
             last = read_metrics(workdir / entry.name)[-1]
-            row = {
-                **about,
-                "seed": seed,
-                "copies": copies(restore(workdir / entry.name).state.opt_state),
-            }
+            kept = copies(restore(workdir / entry.name).state.opt_state)
+            row = {**about, "seed": seed, "copies": kept}
             rows.append(row | {name: last[name] for name in ("top1", "cfs_relative", "window")})
     return rows
 
@@ -96,9 +93,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     )
     return (
         f"# What the multipliers keep: {results['experiment']}\n"
-        f"Mean and standard deviation over {results['seeds']} seeds, {timing.described(results)}. Copies: bytes "
-        "of multipliers and their moments over those of the constrained weights in float32. By "
-        f"`python -m benchmarks.multiplier_state --experiment={results['experiment']}`.\n\n{table}\n"
+        f"Mean and standard deviation over {results['seeds']} seeds, {timing.described(results)}. "
+        "Copies: bytes of multipliers and their moments over those of the constrained weights in "
+        "float32. By `python -m benchmarks.multiplier_state "
+        f"--experiment={results['experiment']}`.\n\n{table}\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""One config for every experiment: an `ml_collections.ConfigDict`, each field of which is a flag."""
+"""One config for every experiment: an `ml_collections.ConfigDict`, whose fields are all flags."""
 
 import ml_collections
 from ml_collections import config_dict

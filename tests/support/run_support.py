@@ -108,7 +108,10 @@ def finish(process):
 
 
 def in_terminal(command, environment=None, columns=80):
-    """Runs a command with a terminal as its standard error; gives its standard output and the lines that the terminal shows."""
+    """Runs a command with a terminal as its standard error.
+
+    Gives its standard output, and the lines that the terminal shows.
+    """
     reader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(

@@ -52,8 +52,8 @@ class Workdir:
 
     Args:
       path: of the folder, made if necessary.
-      step: the step that the run resumes from; None for a new run. Metrics of that step and later
-        ones are removed, because they will come again.
+      step: the last one whose metrics are kept, because later ones will come again; None for a new
+        run.
       writes: whether this process writes; of several hosts, one does.
     """
 
@@ -63,7 +63,7 @@ class Workdir:
         if not writes:
             return
         path.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(path) if row["step"] < self._step]
+        rows = [row for row in read_metrics(path) if row["step"] <= self._step]
         (path / "metrics.jsonl").unlink(missing_ok=True)
         if rows:
             self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -138,7 +138,7 @@ def float32_bytes(tree: PyTree) -> int:
 
 
 def packed_bytes(params: PyTree, opt_state: PyTree) -> int:
-    """Returns the bytes of the parameters with packed codes and float32 scales, without a header."""
+    """Returns the bytes of the parameters with packed codes and scales, without a header."""
     packed = float32_bytes(params)
     layers = jax.eval_shape(cbp_jax.layer_report, params, opt_state).layers  # sizes alone
     for layer in layers:

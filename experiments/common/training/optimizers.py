@@ -66,7 +66,7 @@ def multiplier_options(config: ml_collections.FrozenConfigDict) -> dict[str, Any
 
 
 def window_growth(factor: float) -> Callable[[jax.Array], jax.Array] | None:
-    """Returns growth by 1 below 10 and by the factor from there; the paper's rule for a factor of 0."""
+    """Returns growth by 1 below 10 and by the factor from there; 0 stands for the paper's rule."""
     return (lambda g: jnp.where(g < 10, g + 1, factor * g)) if factor else None
 
 

@@ -61,7 +61,7 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def available_memory() -> int:
-    """Returns the bytes of a device that a program may use; of a CPU's, its share of free memory."""
+    """Returns the bytes of a device that a program may use; for a CPU, a share of free memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -69,7 +69,7 @@ def available_memory() -> int:
 
 
 def check_memory(needed: int, available: int) -> str:
-    """Returns a line for the user; raises MemoryError, which says what to do, if it does not fit."""
+    """Returns a line for the user; raises MemoryError if the step does not fit."""
     line = f"the step needs {needed / _GIB:.2f} of {available / _GIB:.2f} GiB per device"
     if needed > _USABLE * available:
         raise MemoryError(

@@ -77,13 +77,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
 
     record = Record(loader.train_images, setup.steps_per_epoch)
     if resumes:
-        state, record = _resumed(checkpoints, state, record)
+        state, record = _resumed(checkpoints, state, record, setup.total_steps)
     step, constrained = int(state.step), config.phase == "post_train"
     log(
         f"{_title(config)}: {loader.train_images:,} training and {loader.eval_images:,} validation "
         f"images; step {step:,} of {setup.total_steps:,}"
     )
-    folder = Workdir(workdir, step if resumes else None, writes=jax.process_index() == 0)
+    # An epoch that has ended may not be measured yet.
+    measured = step - 1 if int(state.sums.steps) else step
+    folder = Workdir(workdir, measured if resumes else None, writes=jax.process_index() == 0)
     folder.write_config(config)
     stream = batches = on_device(loader.train(step), setup.mesh)
 
@@ -157,9 +159,9 @@ def _title(config: ml_collections.FrozenConfigDict) -> str:
 
 
 def _resumed(
-    checkpoints: Checkpoints, like: TrainState, asked: Record
+    checkpoints: Checkpoints, like: TrainState, asked: Record, total_steps: int
 ) -> tuple[TrainState, Record]:
-    """The newest readable state, if its schedule is the one asked for."""
+    """The newest readable state, if its schedule is the one asked for and has not passed."""
     state, record = restore_state(checkpoints, like, put_aside=True)  # type: ignore[misc]
     for name in ("images", "steps_per_epoch"):
         saved, value = getattr(record, name), getattr(asked, name)
@@ -168,6 +170,12 @@ def _resumed(
                 f"the run in this workdir has {name}={saved}, not {value}: use that, or another "
                 "--workdir"
             )
+    step, measured = int(state.step), int(state.sums.steps) == 0
+    if step > total_steps or (step == total_steps and measured):
+        raise ValueError(
+            f"the run in this workdir has taken {step} steps, and its config asks for "
+            f"{total_steps}: raise --config.epochs"
+        )
     return state, record
 
 

@@ -31,7 +31,7 @@ def test_a_run_leaves_no_empty_metrics(tmp_path):
     workdir = Workdir(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
     workdir.append_metrics({"epoch": 1, "step": 5})
-    Workdir(tmp_path, step=6)
+    Workdir(tmp_path, step=5)
     assert read_metrics(tmp_path) == [{"epoch": 1, "step": 5}]
     Workdir(tmp_path, step=3)
     assert not (tmp_path / "metrics.jsonl").exists()

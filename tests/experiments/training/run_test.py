@@ -16,7 +16,7 @@ import evaluate
 from common import models
 from common.input.open import open_data
 from common.models import torch_weights
-from common.report.workdir import Summary, read_metrics
+from common.report.workdir import Summary, Workdir, read_metrics
 from common.training import checkpoints, loop, restore, setup
 from common.training.run import train_and_evaluate
 from common.training.settle import settle
@@ -71,7 +71,7 @@ def read_state(workdir):
 
 
 def assert_same_run(workdir, other):
-    """Weights, statistics, multipliers, moments, keys and counters, bit for bit, and all figures."""
+    """States bit for bit, multipliers, keys and counters included, and all that is logged."""
     arrays, others = read_state(workdir), read_state(other)
     assert arrays[".step"] == STEPS
     for name, array in arrays.items():
@@ -195,6 +195,26 @@ def test_a_network_of_other_sizes_is_refused(copy):
         train_and_evaluate(digits_config(channels=4), copy)
 
 
+def test_a_run_stopped_between_two_epochs(uninterrupted, tmp_path, monkeypatch):
+    """It has measured the epoch, though no checkpoint was due; the row stays."""
+    append = Workdir.append_metrics
+
+    def append_and_kill(folder, row):
+        append(folder, row)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = digits_config(checkpoint_epochs=2, checkpoint_steps=0)
+    monkeypatch.setattr(Workdir, "append_metrics", append_and_kill)
+    with pytest.raises(loop.Stopped):
+        train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    with pytest.raises(ValueError, match="has taken 5 steps, and its config asks for 5: raise"):
+        train_and_evaluate(digits_config(epochs=1), tmp_path)
+    train_and_evaluate(config, tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
 def test_a_changed_config_is_reported(copy, capsys):
     train_and_evaluate(digits_config(epochs=2), copy)
     assert "another config (saved -> asked): epochs 3 -> 2" in capsys.readouterr().out
@@ -259,7 +279,7 @@ def test_a_run_of_eight_devices_is_evaluated_on_one(of_photos, environment):
 
 
 def test_latent_and_quantized_weights_are_evaluated_apart(uninterrupted):
-    """With labels that the latent weights choose, they are right, and quantized ones need not be."""
+    """With the labels that the latent weights choose, the quantized ones make mistakes."""
     run = restore.restore(uninterrupted)
     model = nnx.merge(run.graphdef, run.state.params, run.state.batch_stats)
     model.eval()
