@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = cifar10_resnet20.get_config()
     config.experiment = "cifar10_resnet18"
     config.network = "cifar_resnet18"
+    del config.depth
     config.dtype = "bfloat16"
     return config
 

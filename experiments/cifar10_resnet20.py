@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     Rates of weights and multipliers are larger, and there is less patience.
     """
     config = base_config("cifar10_resnet20", "resnet20")
+    config.depth = 3  # blocks per stage
     config.data = "cifar10"
     config.num_classes = 10
     config.batch_size = config.base_batch_size = 128

@@ -9,8 +9,8 @@ import sys
 import termios
 from pathlib import Path
 
+import cifar10_resnet20
 import digits
-import imagenet_resnet18
 import ml_collections
 
 ROOT = Path(__file__).parents[2]
@@ -18,11 +18,11 @@ STEPS_PER_EPOCH, EPOCHS = 5, 3
 
 
 def photos_config(photos, **changes):
-    """ResNet-20 on the folder of photos: everything but the network is ImageNet's."""
-    config = imagenet_resnet18.get_config()
+    """ResNet-8 on the folder of photos, which are read as ImageNet is."""
+    config = cifar10_resnet20.get_config()
     config.update(
         {
-            "network": "resnet20",
+            "depth": 1,
             "pretrained": "random",
             "data": "folder",
             "data_dir": str(photos),
@@ -71,9 +71,9 @@ def digits_config(**changes):
 
 
 def command(photos, workdir, **changes):
-    config, defaults = photos_config(photos, **changes), imagenet_resnet18.get_config()
+    config, defaults = photos_config(photos, **changes), cifar10_resnet20.get_config()
     flags = [f"--config.{name}={config[name]}" for name in config if config[name] != defaults[name]]
-    script = str(ROOT / "experiments" / "imagenet_resnet18.py")
+    script = str(ROOT / "experiments" / "cifar10_resnet20.py")
     return [sys.executable, script, f"--workdir={workdir}", *flags]
 
 

@@ -168,12 +168,17 @@ def resnet50(num_classes: int = 1000, *, dtype: DTypeLike = jnp.float32, rngs: n
     return ResNet(num_classes, block=Bottleneck, depths=(3, 4, 6, 3), dtype=dtype, rngs=rngs)
 
 
-def resnet20(num_classes: int = 10, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> ResNet:
-    """ResNet-20 (He et al., section 4.2) for images of 32x32; shortcuts have no parameters."""
+def resnet20(
+    num_classes: int = 10, *, depth: int = 3, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+) -> ResNet:
+    """ResNet-20 (He et al., section 4.2) for images of 32x32; shortcuts have no parameters.
+
+    Other depths are blocks per stage: `depth=1` is ResNet-8, small enough for tests.
+    """
     return ResNet(
         num_classes,
         block=BasicBlock,
-        depths=(3, 3, 3),
+        depths=(depth, depth, depth),
         width=16,
         small_images=True,
         projections=False,

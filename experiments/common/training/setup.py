@@ -26,7 +26,7 @@ PyTree = Any
 # Accuracy of weights and batch statistics on the validation images, or on so many of them.
 Evaluate = Callable[..., dict[str, float]]
 # Arguments of networks that a config may have as fields.
-_OPTIONS = ("auxiliary_heads", "transform_input", "channels", "width")
+_OPTIONS = ("auxiliary_heads", "transform_input", "channels", "width", "depth")
 
 
 class Network(NamedTuple):

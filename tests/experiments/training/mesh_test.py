@@ -23,20 +23,21 @@ import imagenet_resnet50
 from common import models
 from common.input import augment
 from common.training import mesh, optimizers
+from common.training.settle import settle
 from common.training.step import init_state, latent, make_train_step
 
 import cbp_jax
 
-CONFIGS = {
-    "alexnet": imagenet_alexnet.CONFIGS,
-    "googlenet": imagenet_googlenet.CONFIGS,
-    "resnet18": imagenet_resnet18.CONFIGS,
-    "resnet50": imagenet_resnet50.CONFIGS,
+MODULES = {
+    "alexnet": imagenet_alexnet,
+    "googlenet": imagenet_googlenet,
+    "resnet18": imagenet_resnet18,
+    "resnet50": imagenet_resnet50,
 }
 
 
 def small_run(fsdp, steps=4):
-    """Trains ResNet-20 on noise for a few steps, in this process and any others.
+    """Trains ResNet-8 on noise for a few steps, in this process and any others.
 
     In float64 (but for the last layer), where rounding differences flip no weight near zero.
 
@@ -51,7 +52,7 @@ def _small_run(fsdp, steps):
     config = cifar10_resnet20.get_config()
     config.patience = 1
     on = mesh.make_mesh(fsdp)
-    model = models.create("resnet20", 10, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    model = models.create("resnet20", 10, depth=1, dtype=jnp.float64, rngs=nnx.Rngs(0))
     graphdef, *trees = models.split_model(model)
     params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), trees)
     optimizer = optimizers.post_training(config, 2, model.constrained)
@@ -132,7 +133,7 @@ def run_processes(folder, processes, devices):
 
 @pytest.fixture
 def everything_sharded(monkeypatch):
-    """Shards ResNet-20's kernels, which are too small otherwise."""
+    """Shards ResNet-8's kernels, which are too small otherwise."""
     monkeypatch.setattr(mesh, "_MIN_SHARDED", 1)
 
 
@@ -196,8 +197,9 @@ def test_shardings_follow_the_parameters():
 
 def lowered(network, constraint, fsdp=None, **changes):
     """Exports a paper config's step for TPU and GPU from shapes; with `fsdp`, for eight devices."""
-    config = CONFIGS[network][constraint]()
-    config.update(changes)
+    config = MODULES[network].get_config()
+    config.update({"constraint": constraint, "pretrained": "random", **changes})
+    config = settle(config)
     options = {"auxiliary_heads": True} if network == "googlenet" else {}
 
     def create():
@@ -235,9 +237,15 @@ def check_lowered(exported, state):
     assert "f64" not in text
 
 
-@pytest.mark.parametrize("constraint", ["binary", "ternary", "one_bit_shift", "two_bit_shift"])
-@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize(
+    ("network", "constraint"),
+    [
+        *((network, "binary") for network in MODULES),
+        *(("resnet18", constraint) for constraint in cbp_jax.CONSTRAINTS[1:]),
+    ],
+)
 def test_step_lowers_for_tpu_and_gpu(network, constraint):
+    """Every network and every constraint; layers differ in nothing but their shapes."""
     check_lowered(*lowered(network, constraint))
 
 

@@ -94,34 +94,32 @@ def test_a_run_writes_its_workdir(of_photos, capsys):
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert [row["step"] for row in rows] == [5, 10, 15]
     assert [row["window"] for row in rows] == [1, 2, 3]  # patience 1: one update per epoch
-    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 / 32] * 3)  # batch of 8
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2 / 16] * 3)  # batch of 8
     # One of the 40 photos cannot be read; an epoch has them all.
     assert [row["unreadable"] for row in rows] == [1, 1, 1]
-    layers, sizes = rows[-1]["violation"], sizes_of_resnet20()
+    layers, sizes = rows[-1]["violation"], sizes_of_resnet8()
     assert layers.keys() == sizes.keys()
     weighted = np.average(list(layers.values()), weights=[sizes[name] for name in layers])
     assert rows[-1]["cfs_relative"] == pytest.approx(weighted, rel=1e-4)
     assert summary == Summary.read(workdir)
-    assert (summary.experiment, summary.constraint) == ("imagenet_resnet18", "binary")
+    assert (summary.experiment, summary.constraint) == ("cifar10_resnet20", "binary")
     assert (summary.method, summary.bits_per_weight) == ("cbp", 1)
     assert (summary.top1, summary.cfs) == (rows[-1]["top1"], rows[-1]["cfs"])
     assert summary.file_top1 == summary.top1  # read back from the packed file
     assert summary.bytes_file == (workdir / "weights.safetensors").stat().st_size
-    for name in ("training", "weights_layer1_0_conv1_kernel", "weights_layer3_2_conv2_kernel"):
+    for name in ("training", "weights_layer1_0_conv1_kernel", "weights_layer3_0_conv2_kernel"):
         assert (workdir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
-    for tag in (b"loss", b"top1", b"cfs_relative", b"violation/layer3/2/conv2/kernel"):
+    for tag in (b"loss", b"top1", b"cfs_relative", b"violation/layer3/0/conv2/kernel"):
         assert tag in events
 
 
-def sizes_of_resnet20():
+def sizes_of_resnet8():
     """The weights of each constrained kernel, from the architecture."""
     sizes = {}
     for stage, (features_in, features) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
-        for block in range(3):
-            first = features_in if block == 0 else features
-            sizes[f"layer{stage}/{block}/conv1/kernel"] = 9 * first * features
-            sizes[f"layer{stage}/{block}/conv2/kernel"] = 9 * features * features
+        sizes[f"layer{stage}/0/conv1/kernel"] = 9 * features_in * features
+        sizes[f"layer{stage}/0/conv2/kernel"] = 9 * features * features
     return sizes
 
 
@@ -300,7 +298,7 @@ def test_weights_come_from_a_run_or_a_file(of_photos, photos, tmp_path):
     of_run = setup.make_network(config, config.pretrained)
     saved = read_state(workdir)[".params['layer1'][0]['conv1']['kernel']"]
     assert np.array_equal(of_run.params["layer1"][0]["conv1"]["kernel"], saved)
-    model = models.create("resnet20", 4, rngs=nnx.Rngs(1))
+    model = models.create("resnet20", 4, depth=1, rngs=nnx.Rngs(1))
     names = torch_weights.to_torch(model, of_run.params, of_run.batch_stats)
     safetensors.save_file(names, tmp_path / "weights.safetensors")
     of_file = setup.make_network(config, str(tmp_path / "weights.safetensors"))
@@ -312,11 +310,20 @@ def test_weights_come_from_a_run_or_a_file(of_photos, photos, tmp_path):
 
 def test_evaluation_of_a_file(photos, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
-    model = models.create("resnet20", 4, rngs=nnx.Rngs(3))
+    model = models.create("resnet20", 4, depth=1, rngs=nnx.Rngs(3))
     _, params, batch_stats = models.split_model(model)
     file = tmp_path / "weights.safetensors"
     safetensors.save_file(torch_weights.to_torch(model, params, batch_stats), file)
-    names = ("network", "data", "data_dir", "num_classes", "image_size", "resize", "workers")
+    names = (
+        "network",
+        "depth",
+        "data",
+        "data_dir",
+        "num_classes",
+        "image_size",
+        "resize",
+        "workers",
+    )
     config = photos_config(photos, dtype="float32")
     fields = {name: config[name] for name in (*names, "dtype", "batch_size")}
     scores = evaluate.evaluate_file({**fields, "pretrained": str(file)})
