@@ -1,4 +1,4 @@
-"""The three forms of the constraint's part of the Lagrangian against numpy, and what a step with it needs in memory."""
+"""The three forms of the constraint's part of the Lagrangian against numpy; the memory of a step."""
 
 import functools
 
@@ -39,17 +39,16 @@ WINDOW = 3.0
 def small_blocks(monkeypatch):
     monkeypatch.setattr(lagrangian, "_BLOCK", 48)
     monkeypatch.setattr(lagrangian, "_GROUPS", 4)
-    jax.clear_caches()
+    lagrangian._constraint_sum.clear_cache()  # compiled with other blocks, or another form
     yield
-    jax.clear_caches()
+    lagrangian._constraint_sum.clear_cache()
 
 
 def leaf_of(shape, axes=(), constraint="two_bit_shift", dtype=np.float32):
     rng = np.random.default_rng(0)
     w, multiplier = rng.normal(size=shape), rng.normal(size=shape)
-    scale = rng.uniform(
-        0.5, 1.5, tuple(n if axis in axes else 1 for axis, n in enumerate(shape)) if axes else ()
-    )
+    scale_shape = tuple(n if axis in axes else 1 for axis, n in enumerate(shape)) if axes else ()
+    scale = rng.uniform(0.5, 1.5, scale_shape)
     arrays = (jnp.asarray(array, dtype) for array in (w, scale, multiplier))
     return lagrangian.ConstrainedLeaf((), next(arrays), cbp_jax.get_constraint(constraint), *arrays)
 
@@ -71,52 +70,55 @@ def run(form, leaves, window=WINDOW):
     return jax.jit(functools.partial(FORMS[form], products))(*arrays, window)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_tensor(form, shape):
-    with jax.enable_x64(True):
-        leaf = leaf_of(shape, dtype=np.float64)
-        total, window = run(form, [leaf])
-        np.testing.assert_allclose(total, expected(leaf), rtol=1e-12)
-        assert total.dtype == jnp.float64
-        assert window == WINDOW
+def run_each(form, leaves, window=WINDOW):
+    """The sum and the window of each leaf alone, compiled together."""
+    products = [lagrangian._weighted_violation(leaf.constraint) for leaf in leaves]
+    arrays = [((leaf.weight,), (leaf.scale,), (leaf.multiplier,)) for leaf in leaves]
+
+    def each(arrays, window):
+        pairs = zip(products, arrays, strict=True)
+        return [FORMS[form]([product], *leaf, window) for product, leaf in pairs]
+
+    return jax.jit(each)(arrays, window)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("axes", [(1,), (0,), (0, 1), (2,), (0, 2)], ids=str)
-@pytest.mark.parametrize("shape", [(9, 8, 5), (3, 48, 8), (30, 2, 3)], ids=str)
-def test_scales_by_channel(form, shape, axes):
+def test_shapes_and_scale_axes(form):
+    """One tensor at a time, with a scale per tensor and with a scale per channel."""
+    cases = [(shape, ()) for shape in SHAPES]
+    for axes in ((1,), (0,), (0, 1), (2,), (0, 2)):
+        cases += [(shape, axes) for shape in ((9, 8, 5), (3, 48, 8), (30, 2, 3))]
     with jax.enable_x64(True):
-        leaf = leaf_of(shape, axes, dtype=np.float64)
-        np.testing.assert_allclose(run(form, [leaf])[0], expected(leaf), rtol=1e-12)
+        leaves = [leaf_of(*case, dtype=np.float64) for case in cases]
+        for case, leaf, (total, window) in zip(cases, leaves, run_each(form, leaves), strict=True):
+            np.testing.assert_allclose(total, expected(leaf), rtol=1e-12, err_msg=str(case))
+            assert total.dtype == jnp.float64
+            assert window == WINDOW
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_several_tensors_constraints_and_dtypes(form):
     leaves = [leaf_of((40, 61), constraint=name) for name in ("binary", "ternary")]
-    leaves.append(
-        leaf_of((40, 61), dtype=jnp.bfloat16)._replace(constraint=cbp_jax.one_bit_shift())
-    )
+    leaves.append(leaf_of((40, 61), constraint="one_bit_shift", dtype=jnp.bfloat16))
     total, _ = run(form, leaves)
     assert total.dtype == jnp.float32
     np.testing.assert_allclose(total, sum(map(expected, leaves)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_so(form, bad):
-    leaf = leaf_of((40, 61))
-    leaf = leaf._replace(
-        multiplier=leaf.multiplier.at[39, 60].set(bad), weight=leaf.weight.at[39, 60].set(5.0)
-    )
-    total, window = run(form, [leaf])
-    np.testing.assert_equal(np.asarray(total), bad)
-    assert window == WINDOW  # whatever the sum is
+def test_a_sum_that_is_not_finite_stays_so(form):
+    leaf, bad = leaf_of((40, 61)), (np.nan, np.inf)
+    weight = leaf.weight.at[39, 60].set(5.0)
+    multipliers = [leaf.multiplier.at[39, 60].set(number) for number in bad]
+    leaves = [leaf._replace(weight=weight, multiplier=multiplier) for multiplier in multipliers]
+    for number, (total, window) in zip(bad, run_each(form, leaves), strict=True):
+        np.testing.assert_equal(np.asarray(total), number)
+        assert window == WINDOW  # whatever the sum is
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_vmap(form):
-    """An ensemble, each with weights, scale, multipliers and window of its own."""
+    """An ensemble whose members have their own weights, scale, multipliers and window."""
     leaf, factors = leaf_of((40, 61)), jnp.array([0.5, 1.0, 2.0])
     product = lagrangian._weighted_violation(leaf.constraint)
 
@@ -124,16 +126,12 @@ def test_vmap(form):
         arrays = ((factor**2 * leaf.weight,), (factor * leaf.scale,), (factor * leaf.multiplier,))
         return FORMS[form]([product], *arrays, WINDOW * factor)[0]
 
-    members = [
-        leaf._replace(
-            weight=f**2 * leaf.weight, scale=f * leaf.scale, multiplier=f * leaf.multiplier
-        )
-        for f in factors
-    ]
-    wanted = [
-        expected(member, WINDOW * float(f)) for member, f in zip(members, factors, strict=True)
-    ]
-    np.testing.assert_allclose(jax.vmap(total)(factors), wanted, rtol=1e-4)
+    def wanted(f):
+        arrays = {"scale": f * leaf.scale, "multiplier": f * leaf.multiplier}
+        return expected(leaf._replace(weight=f**2 * leaf.weight, **arrays), WINDOW * float(f))
+
+    totals = jax.jit(jax.vmap(total))(factors)
+    np.testing.assert_allclose(totals, list(map(wanted, factors)), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -152,62 +150,75 @@ def test_layout_of_blocks(shape, layout):
 
 
 def test_each_platform_has_its_form():
-    """Lowered for each, as `jax.export` does, without having one."""
+    """Lowered for each platform, as `jax.export` does, without such a device."""
     leaf = leaf_of((40, 64))
     marks = {"cpu": "stablehlo.while", "cuda": "stablehlo.optimization_barrier"}
 
     def run(w, scale, multiplier):
-        return lagrangian.constraint_sum(
-            [leaf._replace(weight=w, scale=scale, multiplier=multiplier)], jnp.float32(WINDOW)
-        )
+        ours = leaf._replace(weight=w, scale=scale, multiplier=multiplier)
+        return lagrangian.constraint_sum([ours], jnp.float32(WINDOW))
 
     for platform in ("cpu", "cuda", "rocm", "tpu"):
-        text = jax.export.export(jax.jit(run), platforms=[platform])(
-            leaf.weight, leaf.scale, leaf.multiplier
-        ).mlir_module()
+        export = jax.export.export(jax.jit(run), platforms=[platform])
+        text = export(leaf.weight, leaf.scale, leaf.multiplier).mlir_module()
         wanted = marks.get("cuda" if platform == "rocm" else platform)
-        assert {mark for mark in marks.values() if mark in text} == (
-            {wanted} if wanted else set()
-        ), platform
+        found = [mark for mark in marks.values() if mark in text]
+        assert found == ([wanted] if wanted else []), platform
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("form", FORMS)
-def test_sharded_weights_keep_their_sharding(axis_type, form, monkeypatch):
-    """In several blocks, beside weights that are not sharded: those must not become so."""
-    if form != "blocks":
-        monkeypatch.setattr(lagrangian, "_sum_in_blocks", FORMS[form])  # as another platform would
-    mesh = jax.make_mesh((4,), ("model",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
-    specs = {"in": P("model", None), "out": P(None, "model"), "whole": P()}
-    rng = np.random.default_rng(0)
-    alone = {key: jnp.float32(rng.normal(size=(64, 64))) for key in specs}
-    assert lagrangian._block_layout((64, 64)) == (1, 1, 4, 16, 1, 64)
-    params = {
-        key: jax.device_put(alone[key], NamedSharding(mesh, spec)) for key, spec in specs.items()
-    }
-    optimizer = optax.chain(
-        cbp_jax.cbp("ternary", steps_per_epoch=1, patience=1), optax.sgd(0.1, momentum=0.9)
-    )
+SPECS = {"in": P("model", None), "out": P(None, "model"), "whole": P()}
+SHARDED = optax.chain(
+    cbp_jax.cbp("ternary", steps_per_epoch=1, patience=1), optax.sgd(0.1, momentum=0.9)
+)
 
+
+def three_steps(params):
     def step(params, state):
-        updates, state = optimizer.update(
-            jax.tree.map(jnp.sin, params), state, params, value=jnp.float32(1)
-        )
+        gradients = jax.tree.map(jnp.sin, params)
+        updates, state = SHARDED.update(gradients, state, params, value=jnp.float32(1))
         return optax.apply_updates(params, updates), state
 
-    state, its_state = optimizer.init(params), optimizer.init(alone)
+    state, step = SHARDED.init(params), jax.jit(step)
     for _ in range(3):
-        params, state = jax.jit(step)(params, state)
-        alone, its_state = jax.jit(step)(alone, its_state)
-    for key, spec in specs.items():
-        assert params[key].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2), key
-    np.testing.assert_allclose(state[0].lagrangian_sum, its_state[0].lagrangian_sum, rtol=1e-5)
+        params, state = step(params, state)
+    return params, state[0].lagrangian_sum
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Weights on one device, and the epoch's Lagrangian after three steps."""
+    rng = np.random.default_rng(0)
+    params = {key: jnp.float32(rng.normal(size=(64, 64))) for key in SPECS}
+    return params, three_steps(params)[1]
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "form"),
+    [*((AxisType.Auto, form) for form in FORMS), (AxisType.Explicit, "plain")],
+    ids=[*FORMS, "explicit, always plain"],
+)
+def test_sharded_weights_keep_their_sharding(axis_type, form, alone, monkeypatch):
+    """In several blocks, beside weights that are not sharded and must stay so."""
+    taken = []
+    for name, function in FORMS.items():
+        ours = FORMS[form] if name == "blocks" else function  # the form of another platform
+        record = lambda *args, form=ours: taken.append(form) or form(*args)  # noqa: E731
+        monkeypatch.setattr(lagrangian, function.__name__, record)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(axis_type,), devices=jax.devices("cpu")[:4])
+    assert lagrangian._block_layout((64, 64)) == (1, 1, 4, 16, 1, 64)
+    shardings = {key: NamedSharding(mesh, spec) for key, spec in SPECS.items()}
+    params, total = three_steps(jax.device_put(alone[0], shardings))
+    assert FORMS[form] in taken
+    for key, sharding in shardings.items():
+        assert params[key].sharding.is_equivalent_to(sharding, 2), key
+    np.testing.assert_allclose(total, alone[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("constraint", ["binary", "two_bit_shift"])
 def test_a_donated_step_copies_neither_weights_nor_multipliers(constraint, monkeypatch):
-    """Not for the sum, which reads what the step overwrites, and not for the branch that moves the multipliers now and then."""
+    """Neither for the sum, which reads what the step overwrites, nor to move the multipliers."""
     monkeypatch.undo()
+    lagrangian._constraint_sum.clear_cache()
     params = {f"layer{i}": jnp.full((1024, 1024), 0.1) for i in range(4)}
     optimizer = optax.chain(cbp_jax.cbp(constraint), optax.sgd(0.1, momentum=0.9))
 
@@ -217,12 +228,9 @@ def test_a_donated_step_copies_neither_weights_nor_multipliers(constraint, monke
 
     state = optimizer.init(params)
     assert len(constrained_leaves(params, state)) == 4
-    compiled = (
-        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params, jnp.float32(0)).compile()
-    )
-    memory = compiled.memory_analysis()
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    memory = donated.lower(params, state, params, jnp.float32(0)).compile().memory_analysis()
     tensor = 4 * 1024 * 1024
-    assert (
-        memory.alias_size_in_bytes >= 5 * 4 * tensor
-    )  # weights, momentum, multipliers, two moments: all in place
+    # Weights, momentum, multipliers and their two moments, all in place.
+    assert memory.alias_size_in_bytes >= 5 * 4 * tensor
     assert memory.temp_size_in_bytes < 2 * tensor  # a copy of one would be 4

@@ -1,4 +1,4 @@
-"""One link under every kind of parameter tree and every wrapper: all give the numbers of a plain run on nested dictionaries."""
+"""Every kind of tree and every wrapper gives the numbers of a plain run on nested dictionaries."""
 
 import functools
 
@@ -22,9 +22,7 @@ ARGUMENTS = {
 }
 STEPS = 7
 
-assert_close = functools.partial(
-    chex.assert_trees_all_close, rtol=1e-5, atol=1e-6
-)  # of trees of one structure
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
 def by_shape(params):
@@ -43,9 +41,9 @@ def labels(params):
 
 
 STATIC = (
-    "constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn", "multiplier_optimizer", "window_growth",
-    "multiplier_dtype",
-)  # fmt: skip
+    *("constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn"),
+    *("multiplier_optimizer", "window_growth", "multiplier_dtype"),
+)
 
 WRAPPERS = {
     "plain": lambda: cbp_jax.cbp(**ARGUMENTS),
@@ -54,16 +52,24 @@ WRAPPERS = {
     "multi_transform": lambda: optax.multi_transform(
         {"constrained": cbp_jax.cbp(**ARGUMENTS), "rest": optax.identity()}, labels
     ),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(cbp_jax.cbp, static_args=STATIC)(
-        **ARGUMENTS
-    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(cbp_jax.cbp, STATIC)(**ARGUMENTS),
     "MultiSteps": lambda: optax.MultiSteps(cbp_jax.cbp(**ARGUMENTS), 2).gradient_transformation(),
     "apply_if_finite": lambda: optax.apply_if_finite(cbp_jax.cbp(**ARGUMENTS), 3),
 }
 
 
+# Two kinds of trees for each wrapper; each kind has three wrappers or two.
+PAIRS = [
+    pytest.param(
+        KINDS[(i + j) % len(KINDS)], wrapper, id=f"{KINDS[(i + j) % len(KINDS)].__name__}-{wrapper}"
+    )
+    for i, wrapper in enumerate(WRAPPERS)
+    for j in (1, 3)
+]
+
+
 def make_step(optimizer, forward):
-    """One step of descent; the wrappers hand on the gradient."""
+    """One step of descent, on updates that are still gradients behind every wrapper."""
 
     def step(params, state):
         def loss_fn(p):
@@ -93,13 +99,10 @@ def expected():
     return by_shape(params), by_shape(cbp_jax.quantize(params, state)), float(cbp_jax.window(state))
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("kind", "wrapper"), PAIRS)
 def test_training(kind, wrapper, expected):
-    net = network(kind)
-    params, state = train(
-        WRAPPERS[wrapper](), net, steps=STEPS * (2 if wrapper == "MultiSteps" else 1)
-    )
+    net, steps = network(kind), STEPS * (2 if wrapper == "MultiSteps" else 1)
+    params, state = train(WRAPPERS[wrapper](), net, steps)
     weights, quantized, window = expected
     assert_close(by_shape(params), weights)
     assert_close(by_shape(cbp_jax.quantize(params, state)), quantized)
@@ -111,33 +114,25 @@ def avals(tree):
     return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("kind", "wrapper"), PAIRS)
 def test_init_under_jit_and_eval_shape(kind, wrapper):
     params, optimizer = network(kind).params, WRAPPERS[wrapper]()
-    state, compiled, shapes = (
-        optimizer.init(params),
-        jax.jit(optimizer.init)(params),
-        jax.eval_shape(optimizer.init, params),
-    )
+    state, compiled = optimizer.init(params), jax.jit(optimizer.init)(params)
+    shapes = jax.eval_shape(optimizer.init, params)
     assert jax.tree.structure(state) == jax.tree.structure(compiled) == jax.tree.structure(shapes)
     assert [leaf[:2] for leaf in avals(state)] == [leaf[:2] for leaf in avals(shapes)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, compiled)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("kind", "wrapper"), PAIRS)
 def test_tree_map_params(kind, wrapper):
     params, optimizer = network(kind).params, WRAPPERS[wrapper]()
     state = optimizer.init(params)
     marked = optax.tree_utils.tree_map_params(optimizer, lambda leaf: leaf + 7, state)
     assert jax.tree.structure(marked) == jax.tree.structure(state)
     (ours,) = find(marked)
-    for tree in (
-        ours.multipliers,
-        ours.multiplier_opt_state[0].mu,
-        ours.multiplier_opt_state[0].nu,
-    ):
+    adam = ours.multiplier_opt_state[0]
+    for tree in (ours.multipliers, adam.mu, adam.nu):
         assert sorted(leaf.shape for leaf in jax.tree.leaves(tree)) == [(3, 4), (4, 2)]
         assert all(np.all(np.asarray(leaf) == 7) for leaf in jax.tree.leaves(tree))
     jax.tree.map(np.testing.assert_array_equal, ours.weight_scale, find(state)[0].weight_scale)
@@ -150,11 +145,9 @@ def find(state):
 
 
 def test_tree_map_params_with_specs():
-    """The way to shardings of a state: copies of the parameters take theirs, the rest is replicated."""
-    params, optimizer = (
-        network(nested_dict).params,
-        optax.chain(cbp_jax.cbp(**ARGUMENTS), optax.sgd(0.1, 0.9)),
-    )
+    """Gives a state its shardings: copies of the parameters take theirs, the rest is replicated."""
+    params = network(nested_dict).params
+    optimizer = optax.chain(cbp_jax.cbp(**ARGUMENTS), optax.sgd(0.1, 0.9))
     specs = jax.tree.map(lambda w: P("x", None) if w.ndim == 2 else P(), params)
     state = optimizer.init(params)
     of_state = optax.tree_utils.tree_map_params(
@@ -221,14 +214,14 @@ def test_nnx_optimizer(jit, expected):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_cbp_sgd(kind):
-    """The whole recipe, whose masks and box also see the trees."""
+    """The whole recipe, whose masks and box see the trees too."""
     for result, expected in zip(run_recipe(kind), run_recipe(nested_dict), strict=True):
         assert_close(result, expected)
 
 
 @functools.cache
 def run_recipe(kind):
-    # the steps multiply by -0.1 themselves
+    # The steps multiply by -0.1 themselves.
     optimizer = cbp_jax.cbp_sgd(
         -10.0, **ARGUMENTS, scale_axis=-1, weight_bound=0.5, lr_decay=0.2, lr_decay_window=2
     )
@@ -237,7 +230,7 @@ def run_recipe(kind):
 
 
 def test_inject_hyperparams_schedules_numbers():
-    """A number that is not static may be a schedule, in the recipe too."""
+    """Any number that is not static may be a schedule, in the recipe too."""
     factory = optax.inject_hyperparams(cbp_jax.cbp_sgd, static_args=(*STATIC, "decay_mask"))
     optimizer = factory(
         learning_rate=optax.linear_schedule(0.1, 0.0, 4),
@@ -273,18 +266,12 @@ def test_no_two_arrays_share_a_buffer(kind):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.filterwarnings("ignore:cbp's update got no value")
 def test_types_are_stable(make, dtype):
-    """In whatever dtype the loss comes; weak types count, as a change of them compiles anew."""
+    """Whatever the dtype of the loss; weak types too, since a change of them recompiles."""
     with jax.enable_x64(dtype == "float64"):
         params, optimizer = network(nested_dict, dtype).params, make()
         state = optimizer.init(params)
-        for value in (
-            1.0,
-            1,
-            np.float64(1),
-            jnp.ones((), jnp.bfloat16),
-            jnp.ones((), jnp.int32),
-            None,
-        ):
+        arrays = (jnp.ones((), jnp.bfloat16), jnp.ones((), jnp.int32))
+        for value in (1.0, 1, np.float64(1), *arrays, None):
             updates, new = jax.eval_shape(
                 lambda p, s, value=value: optimizer.update(p, s, p, value=value), params, state
             )
@@ -292,17 +279,11 @@ def test_types_are_stable(make, dtype):
             assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
         wide = jnp.float64 if dtype == "float64" else jnp.float32
         (ours,) = find(state)
-        floats = (
-            *jax.tree.leaves((ours.multipliers, ours.weight_scale)),
-            ours.window,
-            ours.lagrangian_sum,
-            ours.previous_sum,
-        )
+        sums = (ours.lagrangian_sum, ours.previous_sum)
+        floats = jax.tree.leaves((ours.multipliers, ours.weight_scale, ours.window, sums))
         assert {leaf.dtype for leaf in floats} == {jnp.dtype(wide)}
-        assert {
-            leaf.dtype
-            for leaf in (ours.count, ours.step_in_epoch, ours.patience_used, ours.skipped_values)
-        } == {jnp.dtype(jnp.int32)}
+        counts = (ours.count, ours.step_in_epoch, ours.patience_used, ours.skipped_values)
+        assert {leaf.dtype for leaf in counts} == {jnp.dtype(jnp.int32)}
 
 
 def test_bfloat16_parameters_follow_float32_ones(expected):
@@ -320,7 +301,7 @@ def test_x64(expected):
 
 
 def test_float32_parameters_under_x64(expected):
-    """Sums and window are then wider than the weights."""
+    """The sums and the window are then wider than the weights."""
     with jax.enable_x64(True):
         params, state = train(cbp_jax.cbp(**ARGUMENTS), network(nested_dict, jnp.float32))
         assert_close(by_shape(params), expected[0], rtol=1e-4, atol=1e-5)
@@ -329,10 +310,8 @@ def test_float32_parameters_under_x64(expected):
 
 def test_vmap_over_seeds_is_a_loop():
     """Networks whose windows and multipliers move at different steps."""
-    net, optimizer = (
-        network(nested_dict),
-        cbp_jax.cbp(**{**ARGUMENTS, "patience": 4, "scale_axis": -1}),
-    )
+    net = network(nested_dict)
+    optimizer = cbp_jax.cbp(**{**ARGUMENTS, "patience": 4, "scale_axis": -1})
     stacked = jax.tree.map(lambda w: jnp.stack([w, 2 * w, w[::-1]]), net.params)
     step = make_step(optimizer, net.forward)
     params, state, vmapped = (
@@ -348,10 +327,8 @@ def test_vmap_over_seeds_is_a_loop():
         its_state = init(alone)
         for _ in range(STEPS + 4):
             alone, its_state = one(alone, its_state)
-        for ours, wanted in zip(
-            jax.tree.leaves((params, state)), jax.tree.leaves((alone, its_state)), strict=True
-        ):
-            np.testing.assert_allclose(ours[i], wanted, rtol=1e-4, atol=1e-5)
+        ours = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
+        chex.assert_trees_all_close(ours, (alone, its_state), rtol=1e-4, atol=1e-5)
     scores = jax.vmap(cbp_jax.constraint_failure_score)(params, state)
     assert len(set(np.asarray(scores).tolist())) == 3
 
@@ -359,11 +336,8 @@ def test_vmap_over_seeds_is_a_loop():
 def test_scan_is_a_loop(expected):
     net, optimizer = network(nested_dict), cbp_jax.cbp(**ARGUMENTS)
     step = make_step(optimizer, net.forward)
-    params, state = jax.lax.scan(
-        lambda carry, _: (step(*carry), None),
-        (net.params, optimizer.init(net.params)),
-        length=STEPS,
-    )[0]
+    start = net.params, optimizer.init(net.params)
+    params, state = jax.lax.scan(lambda carry, _: (step(*carry), None), start, length=STEPS)[0]
     assert_close(by_shape(params), expected[0])
     assert state.window == expected[2]
 
@@ -387,6 +361,6 @@ def test_multi_steps_counts_emitted_updates():
         seen.append((int(ours.count), float(ours.window), float(ours.lagrangian_sum)))
     assert [count for count, *_ in seen] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
     assert [window for _, window, _ in seen] == [1] * 8 + [2] * 4
-    # the values of the last micro-batches, 2 and 5, and the outer weight's share of the constraint:
-    # 1e-4 times 2 |-2 + 1.5|
+    # The values of the last micro-batches, 2 and 5, and the outer weight's share of the constraint:
+    # 1e-4 times 2 |-2 + 1.5|.
     assert seen[5][2] == pytest.approx(2 + 5 + 2e-4, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Eight virtual devices (conftest.py): the numbers of one device, and state sharded as the parameters are."""
+"""On eight virtual devices (conftest.py): the numbers of one, and a state sharded like the weights."""
 
 import functools
 
@@ -22,14 +22,13 @@ INITIAL = {key: np.float32(rng.normal(size=shape)) for key, shape in SHAPES.item
 def make_mesh(axis_type):
     devices = jax.devices("cpu")
     assert len(devices) >= 8, "conftest.py asks for eight"
-    return jax.make_mesh(
-        (2, 4), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices[:8]
-    )
+    axes = {"axis_types": (axis_type,) * 2, "devices": devices[:8]}
+    return jax.make_mesh((2, 4), ("data", "model"), **axes)
 
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):
-    """The compiler's choice of layouts, and jax's newer default, where each operation must have only one."""
+    """Layouts that the compiler chooses, and JAX's newer default, where each operation fixes its own."""
     return make_mesh(request.param)
 
 
@@ -42,13 +41,8 @@ def on_one_device():
 
 
 def make_optimizer(constraint="ternary", **arguments):
-    link = cbp_jax.cbp(
-        constraint,
-        steps_per_epoch=2,
-        patience=1,
-        multiplier_optimizer=optax.adam(0.05),
-        **arguments,
-    )
+    schedule = {"steps_per_epoch": 2, "patience": 1, "multiplier_optimizer": optax.adam(0.05)}
+    link = cbp_jax.cbp(constraint, **schedule, **arguments)
     return optax.chain(link, optax.sgd(0.1, momentum=0.9))
 
 
@@ -62,7 +56,7 @@ def make_step(optimizer, loss_fn):
 
 
 def rippled(params):
-    """A loss without products of matrices, whose layout explicit meshes want to be told."""
+    """A loss without matrix products, whose layout an explicit mesh would have to be given."""
     return sum(jnp.sum(jnp.cos(3 * w)) for w in jax.tree.leaves(params))
 
 
@@ -72,9 +66,7 @@ def assert_sharded_like_the_parameters(state, params):
     for name, tree in {"multipliers": link.multipliers, "mu": adam.mu, "nu": adam.nu}.items():
         for key in ("up", "down", "whole"):
             ours, theirs = tree[key].sharding, params[key].sharding
-            assert ours.is_equivalent_to(theirs, params[key].ndim), (
-                f"{name} of {key}: {ours}, not {theirs}"
-            )
+            assert ours.is_equivalent_to(theirs, params[key].ndim), f"{name} of {key}: {ours}"
     for scalar in (link.window, link.lagrangian_sum, link.count, adam.count):
         assert scalar.is_fully_replicated
 
@@ -98,19 +90,15 @@ def test_init(mesh, compiled, arguments):
 @pytest.mark.parametrize("axis", [None, -1, (0, -1)], ids=["a tensor", "a channel", "two axes"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_scales_are_replicated(mesh, compiled, axis):
-    if compiled and axis is not None and jax.sharding.AxisType.Explicit not in mesh.axis_types:
-        pytest.skip("automatic sharding: the compiler decides")
+    if compiled and axis is not None and AxisType.Explicit not in mesh.axis_types:
+        pytest.skip("the compiler chooses the sharding")
     init = cbp_jax.cbp("binary", scale_axis=axis).init
     params = on_mesh(mesh)
     if isinstance(axis, tuple):  # an axis between them, which is not kept
-        specs = {key: P(*spec, *[None] * (2 - len(spec))) for key, spec in SPECS.items()}
-        params = {
-            key: jax.device_put(
-                np.stack([w, 2 * w], 1), NamedSharding(mesh, P(specs[key][0], None, specs[key][1]))
-            )
-            for key, w in INITIAL.items()
-            if w.ndim == 2
-        }
+        for key in ("up", "down", "whole"):
+            rows, columns = (*SPECS[key], None, None)[:2]
+            stacked = np.stack([INITIAL[key], 2 * INITIAL[key]], 1)
+            params[key] = jax.device_put(stacked, NamedSharding(mesh, P(rows, None, columns)))
     state = (jax.jit(init) if compiled else init)(params)
     for key in ("up", "down", "whole"):
         assert state.weight_scale[key].is_fully_replicated, key
@@ -123,41 +111,41 @@ def test_scales_are_replicated(mesh, compiled, axis):
 )
 def test_updates(mesh, compiled_init, axis):
     with jax.enable_x64(True):  # sums in another order must not send a weight to another level
-        optimizer = make_optimizer(scale_axis=axis)
-        params, alone = (
-            jax.tree.map(lambda w: w.astype(jnp.float64), place)
-            for place in (on_mesh(mesh), on_one_device())
-        )
-        init = jax.jit(optimizer.init) if compiled_init else optimizer.init
-        state, its_state = init(params), init(alone)
-        step = jax.jit(make_step(optimizer, rippled), donate_argnums=(0, 1))
-        for _ in range(7):
-            params, state = step(params, state)
-            alone, its_state = step(alone, its_state)
+        params, state = seven_steps(on_mesh(mesh), axis, compiled_init)
         assert cbp_jax.window(state) == 4  # three epochs have ended, so multipliers have moved
         for key, spec in SPECS.items():
-            assert params[key].sharding.is_equivalent_to(
-                NamedSharding(mesh, spec), params[key].ndim
-            )
+            sharding = NamedSharding(mesh, spec)
+            assert params[key].sharding.is_equivalent_to(sharding, params[key].ndim)
         assert_sharded_like_the_parameters(state, params)
-        assert_close((params, state), (alone, its_state), rtol=1e-9, atol=1e-9)
+        assert_close((params, state), alone(axis), rtol=1e-9, atol=1e-9)
+
+
+def seven_steps(params, axis, compiled_init):
+    optimizer = make_optimizer(scale_axis=axis)
+    params = jax.tree.map(lambda w: w.astype(jnp.float64), params)
+    state = (jax.jit(optimizer.init) if compiled_init else optimizer.init)(params)
+    step = jax.jit(make_step(optimizer, rippled), donate_argnums=(0, 1))
+    for _ in range(7):
+        params, state = step(params, state)
+    return params, state
+
+
+@functools.cache
+def alone(axis):
+    return seven_steps(on_one_device(), axis, compiled_init=False)
 
 
 def test_a_network_with_its_batch_on_the_data_axis():
-    """Left to the compiler to lay out, as most users do."""
+    """Laid out by the compiler, as most users have it."""
     mesh = make_mesh(AxisType.Auto)
 
     def loss_fn(p, x, y):
         return jnp.mean((jnp.tanh(x @ p["up"] + p["bias"]) @ p["down"] @ p["whole"] - y) ** 2)
 
-    optimizer, batch = (
-        make_optimizer(),
-        (np.float32(rng.normal(size=(16, 8))), np.float32(rng.normal(size=(16, 3)))),
-    )
-    step, split = (
-        jax.jit(make_step(optimizer, loss_fn)),
-        jax.device_put(batch, NamedSharding(mesh, P("data"))),
-    )
+    optimizer = make_optimizer()
+    batch = np.float32(rng.normal(size=(16, 8))), np.float32(rng.normal(size=(16, 3)))
+    split = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    step = jax.jit(make_step(optimizer, loss_fn))
     params, alone = on_mesh(mesh), on_one_device()
     state, its_state = optimizer.init(params), optimizer.init(alone)
     for _ in range(5):
@@ -170,7 +158,7 @@ def test_a_network_with_its_batch_on_the_data_axis():
     "constraint", [cbp_jax.ternary(), cbp_jax.uniform(6)], ids=lambda c: c.name
 )
 def test_quantize(mesh, constraint):
-    """With few levels and with many, which are looked up in another way."""
+    """With few levels and with many, which are found in another way."""
     params, alone, optimizer = on_mesh(mesh), on_one_device(), make_optimizer(constraint)
     q = jax.jit(cbp_jax.quantize)(params, optimizer.init(params))
     for key, w in params.items():
@@ -183,7 +171,5 @@ def test_quantize(mesh, constraint):
 )
 def test_metrics(mesh, read):
     function = jax.jit(getattr(cbp_jax, read))
-    params, alone, optimizer = on_mesh(mesh), on_one_device(), make_optimizer(scale_axis=-1)
-    assert_close(
-        function(params, optimizer.init(params)), function(alone, optimizer.init(alone)), rtol=1e-5
-    )
+    params, alone, init = on_mesh(mesh), on_one_device(), make_optimizer(scale_axis=-1).init
+    assert_close(function(params, init(params)), function(alone, init(alone)), rtol=1e-5)

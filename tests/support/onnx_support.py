@@ -60,7 +60,7 @@ def integers_in(path):
 
 
 def fresh(network, **options):
-    """A network with random weights and statistics, made without compiling, and its state of `cbp`."""
+    """A network with random weights and statistics, its parameters, and a state of `cbp`."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):

@@ -1,4 +1,4 @@
-"""CBP once more, in plain Python and numpy, from the text of the design alone: what the tests compare with."""
+"""CBP in plain Python and numpy, written from the design alone, for the tests to compare with."""
 
 import math
 
@@ -18,7 +18,7 @@ def quantize(levels, scale, w):
 
 
 def gap_and_threshold(levels, scale, w, window):
-    """The distance of the two levels around each weight, and the violation above which it counts as 0."""
+    """The gap between the levels around each weight, and the violation above which it counts as 0."""
     levels = np.asarray(levels)
     targets = np.multiply.outer(np.broadcast_to(scale, np.shape(w)), levels)
     below = np.clip(np.sum(np.asarray(w)[..., None] >= targets, axis=-1) - 1, 0, len(levels) - 2)

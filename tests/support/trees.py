@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 rng = np.random.default_rng(0)
-# The shapes differ, so that they tell the leaves apart whatever a tree calls them.
+# Shapes that differ, and so tell the leaves apart whatever a tree calls them.
 SHAPES = {"hidden": {"kernel": (3, 4), "bias": (4,)}, "head": {"kernel": (4, 2), "bias": (2,)}}
 INITIAL = jax.tree.map(
     lambda shape: np.float32(rng.normal(size=shape)),
@@ -28,10 +28,8 @@ class Network(NamedTuple):
 
 def nested_dict(w):
     def forward(p, x):
-        return (
-            jnp.tanh(x @ p["hidden"]["kernel"] + p["hidden"]["bias"]) @ p["head"]["kernel"]
-            + p["head"]["bias"]
-        )
+        x = jnp.tanh(x @ p["hidden"]["kernel"] + p["hidden"]["bias"])
+        return x @ p["head"]["kernel"] + p["head"]["bias"]
 
     return Network(w, forward)
 
@@ -41,9 +39,8 @@ def tuples(w):
         (hidden, hidden_bias), (head, head_bias) = p
         return jnp.tanh(x @ hidden + hidden_bias) @ head + head_bias
 
-    return Network(
-        tuple((w[layer]["kernel"], w[layer]["bias"]) for layer in ("hidden", "head")), forward
-    )
+    layers = (w["hidden"], w["head"])
+    return Network(tuple((layer["kernel"], layer["bias"]) for layer in layers), forward)
 
 
 class LinenNetwork(nn.Module):
@@ -58,10 +55,8 @@ def linen(w):
 
 class NNXNetwork(nnx.Module):
     def __init__(self, w):
-        self.hidden, self.head = (
-            nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
-            nnx.Linear(4, 2, rngs=nnx.Rngs(0)),
-        )
+        self.hidden = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         nnx.update(self, w)
 
     def __call__(self, x):
@@ -69,7 +64,7 @@ class NNXNetwork(nnx.Module):
 
 
 def nnx_state(w):
-    graph, params = nnx.split(NNXNetwork(w), nnx.Param)  # its variables kept
+    graph, params = nnx.split(NNXNetwork(w), nnx.Param)  # with its variables
     return Network(params, lambda p, x: nnx.merge(graph, p)(x))
 
 
@@ -83,13 +78,10 @@ class EquinoxLayer(eqx.Module):
 
 
 def equinox(w):
-    layers = [
-        EquinoxLayer(**w["hidden"], activation=jnp.tanh),
-        EquinoxLayer(**w["head"], activation=lambda x: x),
-    ]
-    params, static = eqx.partition(
-        eqx.nn.Sequential([eqx.nn.Lambda(layer) for layer in layers]), eqx.is_inexact_array
-    )
+    hidden = EquinoxLayer(**w["hidden"], activation=jnp.tanh)
+    head = EquinoxLayer(**w["head"], activation=lambda x: x)
+    module = eqx.nn.Sequential([eqx.nn.Lambda(hidden), eqx.nn.Lambda(head)])
+    params, static = eqx.partition(module, eqx.is_inexact_array)
     return Network(params, lambda p, x: eqx.combine(p, static)(x))
 
 
@@ -97,6 +89,5 @@ KINDS = [nested_dict, tuples, linen, nnx_state, equinox]
 
 
 def network(kind, dtype=jnp.float32):
-    return kind(
-        jax.tree.map(lambda w: jnp.array(w, dtype), INITIAL)
-    )  # new arrays, as the steps donate them
+    # New arrays, since the steps donate them.
+    return kind(jax.tree.map(lambda w: jnp.array(w, dtype), INITIAL))

@@ -1,4 +1,4 @@
-"""Products by packed integers stay packed whatever follows them: ONNX Runtime's optimized graph has a MatMulNBits for each."""
+"""ONNX Runtime fuses each product by packed integers into a MatMulNBits, whatever follows it."""
 
 import warnings
 from pathlib import Path
@@ -164,7 +164,7 @@ def export_what_is_not_fused(path, tmp_path, between):
     ids=["times one", "over one", "transposed"],
 )
 def test_what_is_not_fused_is_named_and_unpacked_once(between, tmp_path):
-    """ONNX Runtime 1.32 drops the factor, then stumbles over Relu; or makes one Gemm of transposition, product and bias."""
+    """ONNX Runtime 1.32 drops the factor and then fails at Relu, or makes a Gemm of all three."""
     export_what_is_not_fused(tmp_path / "model.onnx", tmp_path, between)
 
 
@@ -175,7 +175,7 @@ def test_relu_is_not_fused_without_rewriting(tmp_path, monkeypatch):
 
 
 def test_a_weight_of_several_products_is_unpacked_as_a_whole(tmp_path):
-    """Equal scales of up to 8 columns become one, whichever initializers they are, so that no copy is fused."""
+    """ONNX Runtime merges equal scales of up to 8 columns, after which no copy can be fused."""
     params = {"kernel": jnp.asarray(normal(WIDTH, 8))}
     state = cbp_jax.cbp("ternary").init(params)
 

@@ -1,4 +1,4 @@
-"""Networks exported to ONNX: JAX's outputs in ONNX Runtime, constrained layers as integers, the rest as it was."""
+"""Exported networks: JAX's outputs in ONNX Runtime, constrained layers as integers, no others."""
 
 import re
 

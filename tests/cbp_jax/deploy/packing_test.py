@@ -1,4 +1,4 @@
-"""Packed weights: the bits, that they give `quantize` back, and what is refused."""
+"""Packed weights: their bits, the round trip to what `quantize` gives, and what is refused."""
 
 import math
 import re
@@ -42,6 +42,13 @@ def assert_identical(a, b):
         assert identical(x, y)
 
 
+def assert_round_trip(params, state):
+    """Packs and unpacks to what `quantize` gives; returns the packed weights."""
+    packed = cbp_jax.pack(params, state, round=True)
+    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
+    return packed
+
+
 def weights(shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
@@ -60,20 +67,24 @@ def string_of_bits(codes, bits):
 
 
 @pytest.mark.parametrize("bits", [*range(1, 13), 16, 17])
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 29])
-def test_bits(bits, size):
-    codes = np.random.default_rng(size).integers(0, 2**bits, size)
-    packed = np.asarray(jax.jit(pack_bits, static_argnums=1)(codes, bits))
-    np.testing.assert_array_equal(packed, string_of_bits(codes, bits))
-    np.testing.assert_array_equal(
-        jax.jit(unpack_bits, static_argnums=(1, 2))(packed, bits, size), codes
-    )
+def test_bits(bits):
+    sizes = (0, 1, 7, 8, 29)
+    codes = [np.random.default_rng(size).integers(0, 2**bits, size) for size in sizes]
+
+    @jax.jit
+    def there_and_back(codes):
+        packed = [pack_bits(array, bits) for array in codes]
+        unpacked = [unpack_bits(p, bits, size) for p, size in zip(packed, sizes, strict=True)]
+        return packed, unpacked
+
+    for array, packed, unpacked in zip(codes, *there_and_back(codes), strict=True):
+        np.testing.assert_array_equal(packed, string_of_bits(array, bits))
+        np.testing.assert_array_equal(unpacked, array)
 
 
 # There and back
 
 
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: constraint.name)
 @pytest.mark.parametrize(
     ("shape", "scale_axis", "dtype"),
     [
@@ -84,24 +95,32 @@ def test_bits(bits, size):
         ((0, 4), -1, jnp.float32),
     ],
 )
-def test_equals_quantize(constraint, shape, scale_axis, dtype):
-    params = {"kernel": weights(shape, dtype), "bias": weights((3,))}
-    state = state_of(params, constraint, scale_axis=scale_axis)
+def test_equals_quantize(shape, scale_axis, dtype):
+    """A layer with each constraint, compiled; the other tests compute without."""
+    layers = {constraint.name: constraint for constraint in CONSTRAINTS}
+    params = {name: weights(shape, dtype, seed) for seed, name in enumerate(layers)}
+    params["bias"] = weights((3,))
+    state = state_of(params, layers, scale_axis=scale_axis)
     packed = cbp_jax.pack(params, state, round=True)
-    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
     assert_identical(jax.jit(cbp_jax.unpack)(packed), jax.jit(cbp_jax.quantize)(params, state))
-    tensor = packed.tensors["kernel"]
-    assert tensor.codes.nbytes == math.ceil(math.prod(shape) * constraint.bits / 8)
-    assert isinstance(tensor.codes, np.ndarray)
+    for name, constraint in layers.items():
+        codes = packed.tensors[name].codes
+        assert codes.nbytes == math.ceil(math.prod(shape) * constraint.bits / 8)
+        assert isinstance(codes, np.ndarray)
 
 
-def test_equals_quantize_in_float64(environment):
+def test_equals_quantize_without_compiling():
+    params = {constraint.name: weights((3, 3, 5, 7)) for constraint in CONSTRAINTS}
+    layers = {constraint.name: constraint for constraint in CONSTRAINTS}
+    assert_round_trip(params, state_of(params, layers, scale_axis=(0, -1)))
+
+
+def test_equals_quantize_in_float64():
     with jax.enable_x64(True):
         params = {"kernel": weights((17, 9), jnp.float64)}
         state = state_of(params, cbp_jax.uniform(3))
-        packed = cbp_jax.pack(params, state, round=True)
+        packed = assert_round_trip(params, state)
         assert packed.tensors["kernel"].scale.dtype == np.float64
-        assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
     with pytest.raises(cbp_jax.PackedError, match=r"'kernel' is float64.*jax_enable_x64"):
         cbp_jax.unpack(packed)
 
@@ -109,9 +128,7 @@ def test_equals_quantize_in_float64(environment):
 def test_zero_scale_of_a_channel():
     params = {"kernel": jnp.array([[0.0, -1.0], [0.0, 2.0]])}
     state = state_of(params, "binary", scale_axis=-1)
-    assert_identical(
-        cbp_jax.unpack(cbp_jax.pack(params, state, round=True)), cbp_jax.quantize(params, state)
-    )
+    assert_round_trip(params, state)
     moved = {"kernel": params["kernel"].at[:, 0].set(0.5)}
     with pytest.raises(ValueError, match="kernel: 4 weights, by up to inf"):
         cbp_jax.pack(moved, state)
@@ -140,20 +157,15 @@ def test_names_keep_paths_apart(keys):
     for key in reversed(keys):
         tree = {key: tree, key + "x": jnp.zeros(1)}
     state = state_of(tree)
-    packed = cbp_jax.pack(tree, state, round=True)
-    assert len(packed.tensors) == len(keys) + 1
-    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(tree, state))
+    assert len(assert_round_trip(tree, state).tensors) == len(keys) + 1
 
 
 def test_single_leaf():
     leaf = weights((4, 4))
-    state = state_of(leaf)
-    packed = cbp_jax.pack(leaf, state, round=True)
-    assert list(packed.tensors) == [""]
-    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(leaf, state))
+    assert list(assert_round_trip(leaf, state_of(leaf)).tensors) == [""]
 
 
-def test_batch_statistics_travel_along():
+def test_batch_statistics_are_stored_unchanged():
     class Block(nnx.Module):
         def __init__(self):
             self.conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
@@ -166,14 +178,10 @@ def test_batch_statistics_travel_along():
     assert_identical(restored, cbp_jax.quantize(everything, optimizer.opt_state))
     assert {"mean", "var"} <= set(restored["norm"])
 
-    params, stats = (
-        {"kernel": weights((3, 3))},
-        {"norm": {"mean": jnp.arange(3.0), "steps": jnp.array(7)}},
-    )
-    tree = cbp_jax.unpack(
-        cbp_jax.pack({**params, "batch_stats": stats}, state_of(params), round=True)
-    )
-    assert_identical(tree["batch_stats"], stats)
+    params = {"kernel": weights((3, 3))}
+    stats = {"norm": {"mean": jnp.arange(3.0), "steps": jnp.array(7)}}
+    packed = cbp_jax.pack({**params, "batch_stats": stats}, state_of(params), round=True)
+    assert_identical(cbp_jax.unpack(packed)["batch_stats"], stats)
 
 
 def test_several_links():
@@ -182,13 +190,11 @@ def test_several_links():
         cbp_jax.cbp("binary", mask={"a": True, "b": False, "c": False}),
         cbp_jax.cbp("two_bit_shift", mask={"a": False, "b": True, "c": False}),
     )
-    state = optimizer.init(params)
-    packed = cbp_jax.pack(params, state, round=True)
+    packed = assert_round_trip(params, optimizer.init(params))
     assert [packed.tensors[name].constraint.bits for name in "ab"] == [1, 3]
-    assert_identical(cbp_jax.unpack(packed), cbp_jax.quantize(params, state))
 
 
-def test_sharded_weights(environment):
+def test_sharded_weights():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
     whole = {"kernel": weights((8, 12))}
     params = jax.device_put(whole, NamedSharding(mesh, P("x", "y")))
@@ -204,7 +210,7 @@ def test_dtype_to_compute_in():
     assert tree["bias"].dtype == jnp.float32
 
 
-# What is off its level
+# Refusals
 
 
 def test_refuses_weights_off_their_levels():
@@ -214,11 +220,12 @@ def test_refuses_weights_off_their_levels():
     assert [(entry.moved, entry.furthest) for entry in exact.rounding] == [(0, 0.0), (0, 0.0)]
     near = {"a": params["a"].at[0, 0].set(0.504), "b": params["b"]}
     assert cbp_jax.pack(near, state) == exact  # 0.8% of the scale
-    off = {
-        "a": params["a"].at[0, :2].set(jnp.array([0.75, -0.51])),
-        "b": params["b"].at[0, 0].set(0.25),
-    }
-    message = "2 of 2 constrained layers.*a: 2 weights, by up to 0.5 of the scale; b: 1 weights, by up to 0.75 of the scale.*round=True"
+    moved = params["a"].at[0, :2].set(jnp.array([0.75, -0.51]))
+    off = {"a": moved, "b": params["b"].at[0, 0].set(0.25)}
+    message = (
+        "2 of 2 constrained layers.*a: 2 weights, by up to 0.5 of the scale; "
+        "b: 1 weights, by up to 0.75 of the scale.*round=True"
+    )
     with pytest.raises(ValueError, match=message):
         cbp_jax.pack(off, state)
     rounded = cbp_jax.pack(off, state, round=True)
@@ -235,21 +242,20 @@ def test_rounding_is_not_part_of_the_pytree():
 
 
 def test_equality():
+    def pack(params, constraint="ternary"):
+        return cbp_jax.pack(params, state_of(params, constraint), round=True)
+
     params = {"kernel": weights((4, 4)), "bias": jnp.zeros(2)}
-    packed = cbp_jax.pack(params, state_of(params), round=True)
-    assert packed == cbp_jax.pack(params, state_of(params), round=True)
-    assert packed != cbp_jax.pack(
-        {**params, "bias": -params["bias"]}, state_of(params), round=True
-    )  # -0
-    assert packed != cbp_jax.pack(params, state_of(params, "binary"), round=True)
-    assert packed != cbp_jax.pack(
-        {"kernel": params["kernel"]}, state_of({"kernel": params["kernel"]}), round=True
-    )
+    packed = pack(params)
+    assert packed == pack(params)
+    assert packed != pack({**params, "bias": -params["bias"]})  # -0
+    assert packed != pack(params, "binary")
+    assert packed != pack({"kernel": params["kernel"]})
     assert packed != "another thing"
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_refuses_what_is_no_number(bad):
+def test_refuses_nan_and_infinity(bad):
     params = {"kernel": jnp.ones((2, 2))}
     state = state_of(params)
     broken = {"kernel": params["kernel"].at[0, 0].set(bad)}
@@ -260,7 +266,7 @@ def test_refuses_what_is_no_number(bad):
         cbp_jax.pack(params, state, round=True)
 
 
-def test_refuses_leaves_that_are_no_arrays():
+def test_refuses_leaves_that_are_not_arrays():
     params = {"kernel": jnp.ones((2, 2))}
     with pytest.raises(TypeError, match=r"'shape'.*it is ShapeDtypeStruct"):
         cbp_jax.pack({**params, "shape": jax.ShapeDtypeStruct((2,), jnp.float32)}, state_of(params))
@@ -268,22 +274,19 @@ def test_refuses_leaves_that_are_no_arrays():
         cbp_jax.pack({**params, "key": jax.random.key(0)}, state_of(params))
 
 
-# What does not fit
+# Templates
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ({"kernel": (3, 4)}, r"the template has no 'hidden/bias'.*it has 'hidden/kernel'"),
         (
-            {"hidden": {"kernel": (3, 4)}},
-            r"the template has no 'hidden/bias'.*it has 'hidden/kernel'",
-        ),
-        (
-            {"hidden": {"kernel": (4, 3), "bias": (4,)}},
+            {"kernel": (4, 3), "bias": (4,)},
             r"'hidden/kernel' has shape \(3, 4\), but the template's has \(4, 3\)",
         ),
         (
-            {"hidden": {"kernel": (3, 4), "bias": (4,), "extra": ()}},
+            {"kernel": (3, 4), "bias": (4,), "extra": ()},
             "packed weights have no 'hidden/extra'.*'hidden/kernel'",
         ),
     ],
@@ -291,10 +294,6 @@ def test_refuses_leaves_that_are_no_arrays():
 def test_template_that_does_not_fit(template, message):
     params = {"hidden": nested_dict(INITIAL).params["hidden"]}
     packed = cbp_jax.pack(params, state_of(params), round=True)
-    shapes = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        template,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    leaves = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in template.items()}
     with pytest.raises(cbp_jax.PackedError, match=message):
-        cbp_jax.unpack(packed, shapes)
+        cbp_jax.unpack(packed, {"hidden": leaves})
