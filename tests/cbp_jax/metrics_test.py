@@ -164,7 +164,7 @@ def test_the_footer_counts_steps_without_a_value():
     assert lines[1] == f"1 of 3 steps had no finite value: {advice}"
 
 
-def test_the_footer_of_several_links_is_that_of_the_smallest_window():
+def test_the_footer_of_several_links_is_that_of_the_one_furthest_behind():
     params = {"a": jnp.array([[1.0, -3.0]]), "c": jnp.array([[2.0, 1.0]])}
     links = {
         "one": cbp_jax.cbp("binary", steps_per_epoch=1, patience=1),

@@ -1,4 +1,4 @@
-"""The link against the design's state machine (`reference.Schedule`) and problems solved by hand."""
+"""The link against the design's state machine (`reference.Schedule`), and problems by hand."""
 
 import functools
 import math
@@ -65,7 +65,7 @@ def compiled_step(optimizer, problem):
 
 
 def compare(optimizer, reference, problem, steps, offset=lambda step: 0.0):
-    """Both from the same weights, each on its own; the value is the loss plus an offset, or None."""
+    """Runs both from the same weights; the value is the loss plus an offset, or None."""
     with jax.enable_x64(True):
         expected = dict(problem.params)
         params = jax.tree.map(jnp.asarray, expected)
