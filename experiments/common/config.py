@@ -4,6 +4,10 @@ import ml_collections
 from ml_collections import config_dict
 
 
+class ConfigError(ValueError):
+    """A config makes no sense, or does not fit the data, the devices or the run in its workdir."""
+
+
 def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     """Returns every field of a run, with the paper's values for ImageNet.
 

@@ -1,17 +1,21 @@
 """Runs an experiment from the command line: `--config.FIELD=VALUE --workdir=DIR`.
 
 What is slow to import is imported late: processes that decode photos import the experiment's file
-too, and Ctrl-C must find a handler.
+too, and Ctrl-C must find its handler.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from common.config import ConfigError
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 
@@ -62,14 +66,28 @@ def _launch(
             if config.distributed:
                 _find_hosts(config)
             train(config, workdir_flag.value)
-        except KeyboardInterrupt as interrupt:
-            message = interrupt.args[0] if interrupt.args else "rerun the same command to resume"
-            print(f"interrupted; {message}", file=sys.stderr)
-            sys.exit(INTERRUPTED)
-        except (FileNotFoundError, ImportError, MemoryError) as error:
+        except (
+            ConfigError,
+            FileNotFoundError,
+            FloatingPointError,
+            ImportError,
+            MemoryError,
+        ) as error:
             sys.exit(f"error: {error}")
 
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _end)
     app.run(main)
+
+
+def _end(number: int, frame: Any) -> None:
+    """Ends the process at once, which loses nothing: a run's loop has a handler that saves.
+
+    Not by KeyboardInterrupt, which extension modules swallow while they are imported.
+    """
+    del number, frame
+    os.write(2, b"\ninterrupted; rerun the same command to resume\n")
+    os._exit(INTERRUPTED)
 
 
 def _find_hosts(config: ml_collections.ConfigDict) -> None:

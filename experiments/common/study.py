@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 import cbp_jax
+from common.config import ConfigError
 from common.report import figures
 from common.report.tables import results_table
 from common.report.workdir import Summary, read_metrics
@@ -57,7 +58,7 @@ def run(
       The summaries of `runs`.
 
     Raises:
-      ValueError: if a folder holds a finished run of another config.
+      ConfigError: if a folder holds a finished run of another config.
     """
     runs = entries(config) if runs is None else runs
     base = ml_collections.ConfigDict(config.to_dict())
@@ -86,7 +87,7 @@ def _finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Sum
     saved = saved_config(folder)
     if changed := differences(saved, settle(config, saved)):
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds a finished run of another config (saved -> asked): {shown}; give "
             "another --workdir, or remove the folder"
         )

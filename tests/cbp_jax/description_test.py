@@ -1,4 +1,4 @@
-"""What makes a state what it is, saved beside its arrays: Orbax alone takes any state for any other of the same shapes."""
+"""Descriptions of states: Orbax alone restores any state as any other of the same shapes."""
 
 import json
 
@@ -18,13 +18,15 @@ PARAMS = {
 
 
 def state_of(constraint="binary", **arguments):
-    return optax.chain(cbp_jax.cbp(constraint, **arguments), optax.sgd(1e-3, momentum=0.9)).init(
-        PARAMS
-    )
+    link = cbp_jax.cbp(constraint, **arguments)
+    return optax.chain(link, optax.sgd(1e-3, momentum=0.9)).init(PARAMS)
 
 
-def test_what_is_described():
-    description = cbp_jax.describe(state_of({"first/.*": "binary", ".*": "ternary"}, scale_axis=-1))
+MIXED = {"first/.*": "binary", ".*": "ternary"}
+
+
+def test_describes_constraints_and_shapes():
+    description = cbp_jax.describe(state_of(MIXED, scale_axis=-1))
     assert description["leaves"] == {
         "first/kernel": {
             "shape": [6, 8],
@@ -39,9 +41,7 @@ def test_what_is_described():
             "scale_shape": [1, 4],
         },
     }
-    shapes = jax.eval_shape(
-        lambda: state_of({"first/.*": "binary", ".*": "ternary"}, scale_axis=-1)
-    )
+    shapes = jax.eval_shape(lambda: state_of(MIXED, scale_axis=-1))
     assert cbp_jax.describe(shapes) == description
 
 
@@ -50,7 +50,7 @@ def test_what_is_described():
     [
         (
             {"constraint": "ternary"},
-            "first/kernel: constraint saved 'binary', here 'ternary'; levels saved",
+            "first/kernel: constraint saved 'binary', here 'ternary'; levels",
         ),
         (
             {"constraint": cbp_jax.Constraint("binary", (-2, 2))},
@@ -60,14 +60,11 @@ def test_what_is_described():
             {"mask": cbp_jax.select(exclude="head/.*")},
             "head/kernel: saved binary, here unconstrained",
         ),
-        (
-            {"constraint": {"first/.*": "binary", ".*": "ternary"}},
-            "head/kernel: constraint saved 'binary', here 'ternary'",
-        ),
+        ({"constraint": MIXED}, "head/kernel: constraint saved 'binary', here 'ternary'"),
         ({"scale_axis": -1}, r"scale_shape saved \[\], here \[1, 8\]"),
     ],
 )
-def test_what_differs_is_listed(arguments, message):
+def test_differences_are_listed(arguments, message):
     saved = json.loads(json.dumps(cbp_jax.describe(state_of())))
     cbp_jax.check_description(state_of(), saved)
     with pytest.raises(ValueError, match=message) as error:
@@ -76,12 +73,12 @@ def test_what_differs_is_listed(arguments, message):
 
 
 @pytest.mark.parametrize("wrong", [{}, {"format": 2, "leaves": {}}, {"format": 1, "leaves": []}])
-def test_what_is_no_description(wrong):
+def test_refuses_other_dictionaries(wrong):
     with pytest.raises(ValueError, match="this is no description"):
         cbp_jax.check_description(state_of(), wrong)
 
 
-def test_many_differences_are_cut_short():
+def test_ten_differences_are_shown():
     params = {f"layer{i:02}": {"kernel": PARAMS["head"]["kernel"]} for i in range(14)}
     saved = cbp_jax.describe(cbp_jax.cbp("binary").init(params))
     with pytest.raises(ValueError, match="  and 4 more"):
@@ -98,19 +95,16 @@ def test_with_orbax(tmp_path):
         )
         manager.save(0, args=arguments)
         manager.wait_until_finished()
-        restored = manager.restore(
-            0,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state_of("ternary")),
-                description=ocp.args.JsonRestore(),
-            ),
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(state_of("ternary")),
+            description=ocp.args.JsonRestore(),
         )
-    # Orbax says nothing: a binary state has become a ternary one.
+        restored = manager.restore(0, args=arguments)
+    # Orbax reports nothing: a binary state has become a ternary one.
     assert isinstance(restored.state[0], cbp_jax.CBPState)
     assert restored.state[0].constraints["head"]["kernel"] == cbp_jax.ternary()
-    np.testing.assert_array_equal(
-        restored.state[0].weight_scale["head"]["kernel"], state[0].weight_scale["head"]["kernel"]
-    )
+    scales = (s[0].weight_scale["head"]["kernel"] for s in (restored.state, state))
+    np.testing.assert_array_equal(*scales)
     with pytest.raises(ValueError, match="constraint saved 'binary', here 'ternary'"):
         cbp_jax.check_description(restored.state, restored.description)
     cbp_jax.check_description(state, restored.description)

@@ -15,7 +15,7 @@ import cbp_jax
 MAPPING = {"a": "binary", "b/kernel": "two_bit_shift", "c": cbp_jax.uniform(6)}
 
 
-@functools.cache  # the steps compile once
+@functools.cache
 def setup(**arguments):
     rng = np.random.default_rng(1)
     params = {
@@ -26,11 +26,10 @@ def setup(**arguments):
         },
         "c": jnp.asarray(rng.normal(size=(2, 2)) * 7, jnp.float32),
     }
-    optimizer = cbp_jax.cbp(
-        MAPPING, steps_per_epoch=1, patience=1, multiplier_optimizer=optax.adam(0.1), **arguments
-    )
+    schedule = {"steps_per_epoch": 1, "patience": 1, "multiplier_optimizer": optax.adam(0.1)}
+    optimizer = cbp_jax.cbp(MAPPING, **schedule, **arguments)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
-    for value in (1.0, 0.5, 0.25):  # so that the window is not infinite and multipliers differ
+    for value in (1.0, 0.5, 0.25):  # so that the window is finite and the multipliers differ
         _, state = update(params, state, params, value=value)
     return params, state
 
@@ -43,30 +42,28 @@ def by_numpy(params, state):
         w, scale = params, state.weight_scale
         for key in (*parents, leaf):
             w, scale = w[key], scale[key]
-        levels, w, scale = (
-            cbp_jax.get_constraint(name).levels,
-            np.asarray(w, np.float64),
-            np.asarray(scale, np.float64),
-        )
-        found[path] = (
-            reference.violation(levels, scale, w),
-            scale,
-            reference.nearest_index(levels, scale, w),
-        )
+        levels, w = cbp_jax.get_constraint(name).levels, np.asarray(w, np.float64)
+        scale = np.asarray(scale, np.float64)
+        index = reference.nearest_index(levels, scale, w)
+        found[path] = reference.violation(levels, scale, w), scale, index
     return found
 
 
-@pytest.mark.parametrize("axis", [None, -1], ids=["a tensor", "a channel"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_constraint_failure_score(axis, compiled):
-    """Over all weights at once, so that large layers count for more; the window does not matter."""
+# Whether it is compiled, and the axis that keeps its scales.
+WAYS = pytest.mark.parametrize(
+    ("compiled", "axis"),
+    [(False, None), (True, None), (True, -1)],
+    ids=["eager, per tensor", "jit, per tensor", "jit, per channel"],
+)
+
+
+@WAYS
+def test_constraint_failure_score(compiled, axis):
+    """The mean over all weights, so that large layers count for more, whatever the window."""
     params, state = setup(scale_axis=axis)
-    layers = by_numpy(params, state).values()
-    score = (
-        jax.jit(cbp_jax.constraint_failure_score, static_argnames="relative")
-        if compiled
-        else cbp_jax.constraint_failure_score
-    )
+    layers, score = by_numpy(params, state).values(), cbp_jax.constraint_failure_score
+    if compiled:
+        score = jax.jit(score, static_argnames="relative")
     expected = np.mean(np.concatenate([v.ravel() for v, *_ in layers]))
     assert score(params, state) == pytest.approx(expected, rel=1e-6)
     expected = np.mean(np.concatenate([(v / scale).ravel() for v, scale, _ in layers]))
@@ -91,16 +88,13 @@ def test_score_of_many_bfloat16_weights_is_summed_in_float32():
     assert cbp_jax.constraint_failure_score(params, state).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("axis", [None, -1], ids=["a tensor", "a channel"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_layer_report(axis, compiled):
+@WAYS
+def test_layer_report(compiled, axis):
     params, state = setup(scale_axis=axis)
     report = (jax.jit(cbp_jax.layer_report) if compiled else cbp_jax.layer_report)(params, state)
-    layers = by_numpy(params, state)
-    multipliers = [state.multipliers["a"], state.multipliers["b"]["kernel"], state.multipliers["c"]]
-    for layer, (path, (violation, scale, _)), multiplier in zip(
-        report.layers, layers.items(), multipliers, strict=True
-    ):
+    expected, multipliers = by_numpy(params, state), jax.tree.leaves(state.multipliers)
+    rows = zip(report.layers, expected.items(), multipliers, strict=True)
+    for layer, (path, (violation, scale, _)), multiplier in rows:
         assert (layer.layer, layer.constraint) == (path, cbp_jax.get_constraint(MAPPING[path]).name)
         assert layer.weights == violation.size
         assert layer.scale == pytest.approx(np.mean(scale), rel=1e-6)
@@ -109,17 +103,13 @@ def test_layer_report(axis, compiled):
         assert layer.multiplier_mean == pytest.approx(np.mean(np.float64(multiplier)), rel=1e-5)
         assert layer.multiplier_max == np.max(multiplier)
         assert layer.bad_scales == 0
-    weighted = np.average(
-        [layer.violation for layer in report.layers],
-        weights=[layer.weights for layer in report.layers],
-    )
-    assert cbp_jax.constraint_failure_score(params, state, relative=True) == pytest.approx(
-        weighted, rel=1e-5
-    )
+    violations, weights = zip(*((row.violation, row.weights) for row in report.layers), strict=True)
+    score = cbp_jax.constraint_failure_score(params, state, relative=True)
+    assert score == pytest.approx(np.average(violations, weights=weights), rel=1e-5)
 
 
 def test_on_level_has_the_tolerance_of_pack():
-    """1% of the scale: what counts as on its level is what `pack` takes without rounding."""
+    """A weight counts as on its level within 1% of the scale, where `pack` does not round."""
     offsets = jnp.array([[0.0, 0.009, -0.009, 0.011, -0.011, 0.5]])
     params = {"w": 2 + 2 * offsets}
     state = cbp_jax.cbp("binary", scale_fn=lambda w, _: jnp.full((), 2.0)).init(params)
@@ -155,15 +145,15 @@ def footer(steps, **arguments):
     return str(cbp_jax.layer_report(params, state)).splitlines()[3:]
 
 
-def test_the_footer_says_where_the_schedule_stands():
+def test_the_footer_shows_the_schedule():
     moved = footer([1.0] * 9, steps_per_epoch=2, patience=1)
     assert moved == ["window 5, 5 multiplier updates in 9 steps"]
     closed = footer([1.0] * 3, steps_per_epoch=1, patience=1, initial_window=float("inf"))
     assert closed == ["window inf, 3 multiplier updates in 3 steps"]
 
 
-def test_the_footer_tells_of_a_schedule_that_does_not_move():
-    """The trap of the defaults on a small problem: thousands of steps without a second update."""
+def test_the_footer_warns_of_a_schedule_that_does_not_move():
+    """As the defaults do on a small problem: thousands of steps without a second update."""
     position, advice = footer([1.0] * 50)
     assert position == "window 1, 1 multiplier update in 50 steps"
     assert "steps_per_epoch * patience" in advice
@@ -171,63 +161,48 @@ def test_the_footer_tells_of_a_schedule_that_does_not_move():
 
 def test_the_footer_counts_steps_without_a_value():
     lines = footer([1.0, float("nan"), 2.0], steps_per_epoch=1, patience=1)
-    assert (
-        lines[1]
-        == "1 of 3 steps had no finite value: call optimizer.update(grads, state, params, value=loss)"
-    )
+    advice = "call optimizer.update(grads, state, params, value=loss)"
+    assert lines[1] == f"1 of 3 steps had no finite value: {advice}"
 
 
-def test_the_footer_of_several_links_is_that_of_the_one_behind():
+def test_the_footer_of_several_links_is_that_of_the_one_furthest_behind():
     params = {"a": jnp.array([[1.0, -3.0]]), "c": jnp.array([[2.0, 1.0]])}
     links = {
         "one": cbp_jax.cbp("binary", steps_per_epoch=1, patience=1),
         "two": cbp_jax.cbp("ternary", steps_per_epoch=100),
     }
     optimizer = optax.multi_transform(links, {"a": "one", "c": "two"})
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for _ in range(3):
-        _, state = optimizer.update(params, state, params, value=1.0)
+        _, state = update(params, state, params, value=1.0)
     assert "window 1, 1 multiplier update in 3 steps" in str(cbp_jax.layer_report(params, state))
 
 
 def test_a_scale_of_zero_is_flagged():
-    params = {
-        "fresh": jnp.zeros((2, 2)),
-        "dead": jnp.array([[0.0, 1.0], [0.0, 1.5]]),
-        "fine": jnp.ones((2, 2)),
-    }
+    fine = {"fine": jnp.ones((2, 2))}
+    params = {"fresh": jnp.zeros((2, 2)), "dead": jnp.array([[0.0, 1.0], [0.0, 1.5]]), **fine}
     state = jax.jit(cbp_jax.cbp("binary", scale_axis=-1).init)(params)
     report = cbp_jax.layer_report(params, state)
-    assert {layer.layer: int(layer.bad_scales) for layer in report.layers} == {
-        "fresh": 2,
-        "dead": 1,
-        "fine": 0,
-    }
+    bad = {layer.layer: int(layer.bad_scales) for layer in report.layers}
+    assert bad == {"fresh": 2, "dead": 1, "fine": 0}
     assert str(report).splitlines()[-1] == "scale 0 or not finite, so not constrained: dead, fresh"
-    assert "scale 0" not in str(
-        cbp_jax.layer_report(
-            {"fine": params["fine"]}, cbp_jax.cbp("binary").init({"fine": params["fine"]})
-        )
-    )
-    assert cbp_jax.constraint_failure_score(params, state, relative=True) == pytest.approx(
-        (0.4 + 0.4) / 12
-    )
+    report_of_fine = cbp_jax.layer_report(fine, cbp_jax.cbp("binary").init(fine))
+    assert "scale 0" not in str(report_of_fine)
+    score = cbp_jax.constraint_failure_score(params, state, relative=True)
+    assert score == pytest.approx((0.4 + 0.4) / 12)
     assert np.all(np.isfinite(jax.tree.leaves(report)))
 
 
-@pytest.mark.parametrize("axis", [None, 0], ids=["a tensor", "a channel"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_level_histogram(axis, compiled):
+@WAYS
+def test_level_histogram(compiled, axis):
     params, state = setup(scale_axis=axis)
-    histogram = (jax.jit(cbp_jax.level_histogram) if compiled else cbp_jax.level_histogram)(
-        params, state
-    )
+    histogram = jax.jit(cbp_jax.level_histogram) if compiled else cbp_jax.level_histogram
+    histogram = histogram(params, state)
     assert histogram.keys() == MAPPING.keys()
     for path, (*_, index) in by_numpy(params, state).items():
         levels = cbp_jax.get_constraint(MAPPING[path]).levels
-        np.testing.assert_array_equal(
-            histogram[path], np.bincount(index.ravel(), minlength=len(levels))
-        )
+        counts = np.bincount(index.ravel(), minlength=len(levels))
+        np.testing.assert_array_equal(histogram[path], counts)
         assert histogram[path].dtype == jnp.int32
 
 

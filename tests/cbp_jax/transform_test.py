@@ -1,4 +1,4 @@
-"""The link against the design's state machine in plain Python (`reference.Schedule`), a problem solved by hand, and wrong input."""
+"""The link against the design's state machine (`reference.Schedule`), and problems by hand."""
 
 import functools
 import math
@@ -13,10 +13,12 @@ import reference
 import cbp_jax
 
 NAMES = ["binary", "ternary", "one_bit_shift", "two_bit_shift"]
+MASK = {"a": True, "b": True, "free": False}
 
 
+@functools.cache  # so that problems of one seed are one, and their steps compile once
 class Regression:
-    """Three linear least-squares layers, two of them constrained; the gradient written out, at the quantized weights."""
+    """Three linear least-squares layers, two of them constrained, with the gradient written out."""
 
     shapes = {"a": (3, 5, 2), "b": (2, 2, 4), "free": (4, 2)}  # noqa: RUF012
 
@@ -34,50 +36,46 @@ class Regression:
         return loss, {key: np.tensordot(self.x[key].T, r, 1) / 6 for key, r in residual.items()}
 
     def loss(self, weights):
-        return (
-            sum(
-                jnp.sum((jnp.tensordot(self.x[key], w, 1) - self.y[key]) ** 2)
-                for key, w in weights.items()
-            )
-            / 12
-        )
+        errors = (jnp.tensordot(self.x[key], w, 1) - self.y[key] for key, w in weights.items())
+        return sum(jnp.sum(error**2) for error in errors) / 12
 
 
 def scales(params, kept=()):
     """Mean absolute values of the constrained layers, one for each index of the kept axes."""
-    return {
-        key: np.mean(
-            np.abs(params[key]),
-            axis=tuple(i for i in range(params[key].ndim) if i not in kept(params[key])),
-            keepdims=True,
-        )
-        if kept
-        else np.mean(np.abs(params[key]))
-        for key in ("a", "b")
-    }
+
+    def scale(w):
+        axes = tuple(i for i in range(w.ndim) if i not in kept(w)) if kept else None
+        return np.mean(np.abs(w), axis=axes, keepdims=bool(kept))
+
+    return {key: scale(params[key]) for key in ("a", "b")}
 
 
-def compare(optimizer, reference, problem, steps, offset=lambda step: 0.0, learning_rate=0.05):
-    """Both over the same steps, from the same weights, each on its own; the value given is the loss plus an offset, or None."""
+LEARNING_RATE = 0.05
+
+
+@functools.cache
+def compiled_step(optimizer, problem):
+    def train_step(params, state, offset):
+        loss, grads = jax.value_and_grad(problem.loss)(cbp_jax.quantize(params, state))
+        value = None if offset is None else loss + offset
+        updates, state = optimizer.update(grads, state, params, value=value)
+        return jax.tree.map(lambda w, u: w - LEARNING_RATE * u, params, updates), state
+
+    return jax.jit(train_step)
+
+
+def compare(optimizer, reference, problem, steps, offset=lambda step: 0.0):
+    """Runs both from the same weights; the value is the loss plus an offset, or None."""
     with jax.enable_x64(True):
         expected = dict(problem.params)
         params = jax.tree.map(jnp.asarray, expected)
-        state = optimizer.init(params)
-
-        @jax.jit
-        def train_step(params, state, offset):
-            loss, grads = jax.value_and_grad(problem.loss)(cbp_jax.quantize(params, state))
-            value = None if offset is None else loss + offset
-            updates, state = optimizer.update(grads, state, params, value=value)
-            return jax.tree.map(lambda w, u: w - learning_rate * u, params, updates), state
-
+        state, train_step = optimizer.init(params), compiled_step(optimizer, problem)
         for step in range(steps):
-            params, state = train_step(params, state, offset(step))
+            added = offset(step)
+            params, state = train_step(params, state, added)
             loss, grads = problem.loss_and_gradient(reference.quantize(expected))
-            total = reference(
-                expected, grads, None if offset(step) is None else loss + offset(step)
-            )
-            expected = {key: w - learning_rate * total[key] for key, w in expected.items()}
+            total = reference(expected, grads, None if added is None else loss + added)
+            expected = {key: w - LEARNING_RATE * total[key] for key, w in expected.items()}
             close = functools.partial(
                 np.testing.assert_allclose, rtol=1e-9, atol=1e-9, err_msg=f"step {step}"
             )
@@ -88,35 +86,22 @@ def compare(optimizer, reference, problem, steps, offset=lambda step: 0.0, learn
             close(state.window, reference.window)
             if reference.lagrangian_sum is not None:
                 close(state.lagrangian_sum, reference.lagrangian_sum)
-            counters = state.count, state.step_in_epoch, state.patience_used, state.skipped_values
-            assert counters == (
-                reference.count,
-                reference.step_in_epoch,
-                reference.patience_used,
-                reference.skipped,
-            )
+            for name in ("count", "step_in_epoch", "patience_used"):
+                assert getattr(state, name) == getattr(reference, name)
+            assert state.skipped_values == reference.skipped
         assert isinstance(state.multipliers["free"], optax.MaskedNode)
         return jax.device_get(state)
 
 
+@functools.cache
 def link(name, rate=3e-3, **arguments):
-    return cbp_jax.cbp(
-        name,
-        multiplier_optimizer=optax.adam(rate),
-        mask={"a": True, "b": True, "free": False},
-        **arguments,
-    )
+    return cbp_jax.cbp(name, mask=MASK, multiplier_optimizer=optax.adam(rate), **arguments)
 
 
 def schedule(name, problem, rate=3e-3, kept=(), **arguments):
     levels = dict.fromkeys(("a", "b"), cbp_jax.get_constraint(name).levels)
-    return reference.Schedule(
-        levels,
-        scales(problem.params, kept),
-        problem.params,
-        ascent=reference.Adam(rate),
-        **arguments,
-    )
+    arguments["ascent"] = reference.Adam(rate)
+    return reference.Schedule(levels, scales(problem.params, kept), problem.params, **arguments)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(NAMES)))
@@ -124,7 +109,7 @@ def test_schedule(seed, name):
     problem, when = Regression(seed), {"steps_per_epoch": 3, "patience": 4}
     reference = schedule(name, problem, **when)
     compare(link(name, **when), reference, problem, steps=120)
-    # the comparison is worth something only if both reasons to grow have occurred
+    # The comparison is worth something only if both reasons to grow have occurred.
     assert reference.updates_of_multipliers > 120 / 3 / 4 + 1
     assert reference.window > 10
 
@@ -133,45 +118,37 @@ def test_schedule(seed, name):
 def test_schedule_at_its_limits(steps_per_epoch, patience):
     problem, when = Regression(2), {"steps_per_epoch": steps_per_epoch, "patience": patience}
     reference = schedule("ternary", problem, **when)
-    # a loss that rises and falls for reasons of its own
+    # A loss that rises and falls for reasons of its own.
     compare(link("ternary", **when), reference, problem, steps=60, offset=math.sin)
     assert reference.updates_of_multipliers > 2
 
 
 def test_patience_of_one_grows_at_every_epoch():
-    problem = Regression(0)
-    state = compare(
-        link("binary", steps_per_epoch=2, patience=1),
-        schedule("binary", problem, steps_per_epoch=2, patience=1),
-        problem,
-        26,
-    )
-    assert (
-        state.window == 40
-    )  # eleven epochs ended before the last one: 9 steps of 1 to 10, then 10, 10, 10
+    problem, when = Regression(0), {"steps_per_epoch": 2, "patience": 1}
+    state = compare(link("binary", **when), schedule("binary", problem, **when), problem, 26)
+    # The window grew at the end of twelve epochs: nine times by 1 to 10, then three times by 10.
+    assert state.window == 40
 
 
-@pytest.mark.parametrize("axes", [-1, 0, (0, -1), (-1, 0), (0, 0)])
-def test_schedule_with_a_scale_a_channel(axes):
+AXES = [
+    (-1, (1, 1, 4)),
+    (0, (2, 1, 1)),
+    ((0, -1), (2, 1, 4)),
+    ((-1, 0), (2, 1, 4)),
+    ((0, 0), (2, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("axes", "shape"), AXES)
+def test_schedule_with_a_scale_per_channel(axes, shape):
     problem, when = Regression(3), {"steps_per_epoch": 3, "patience": 3}
 
     def kept(w):
         return [axis % w.ndim for axis in (axes if isinstance(axes, tuple) else (axes,))]
 
-    state = compare(
-        link("one_bit_shift", scale_axis=axes, **when),
-        schedule("one_bit_shift", problem, kept=kept, **when),
-        problem,
-        40,
-    )
-    expected = {
-        -1: (1, 1, 4),
-        0: (2, 1, 1),
-        (0, -1): (2, 1, 4),
-        (-1, 0): (2, 1, 4),
-        (0, 0): (2, 1, 1),
-    }
-    assert state.weight_scale["b"].shape == expected[axes]
+    reference = schedule("one_bit_shift", problem, kept=kept, **when)
+    state = compare(link("one_bit_shift", scale_axis=axes, **when), reference, problem, 40)
+    assert state.weight_scale["b"].shape == shape
 
 
 @pytest.mark.parametrize("initial_window", [1, math.inf])
@@ -181,17 +158,11 @@ def test_schedule_with_a_scale_a_channel(axes):
     ids=["default", "by half", "to infinity"],
 )
 def test_schedule_of_the_window(initial_window, growth):
-    problem, when = (
-        Regression(4),
-        {"steps_per_epoch": 3, "patience": 2, "initial_window": initial_window},
-    )
+    problem, when = Regression(4), {"steps_per_epoch": 3, "patience": 2}
+    when["initial_window"] = initial_window
     grow = None if growth is None else lambda g: growth(g) + jnp.zeros(())
-    compare(
-        link("two_bit_shift", window_growth=grow, **when),
-        schedule("two_bit_shift", problem, growth=growth, **when),
-        problem,
-        30,
-    )
+    reference = schedule("two_bit_shift", problem, growth=growth, **when)
+    compare(link("two_bit_shift", window_growth=grow, **when), reference, problem, 30)
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf], ids=str)
@@ -201,64 +172,51 @@ def test_schedule_of_the_window(initial_window, growth):
 def test_an_epoch_with_a_bad_value_is_not_compared(bad, at):
     problem, when = Regression(5), {"steps_per_epoch": 4, "patience": 6}
     reference = schedule("ternary", problem, **when)
-    compare(
-        link("ternary", **when),
-        reference,
-        problem,
-        40,
-        offset=lambda step: bad if step in at else math.sin(step),
-    )
+
+    def offset(step):
+        return bad if step in at else math.sin(step)
+
+    compare(link("ternary", **when), reference, problem, 40, offset)
     assert reference.skipped == len(at)
     assert all(np.all(np.isfinite(m)) for m in reference.multipliers.values())
 
 
 def test_a_bad_value_skips_two_comparisons_and_no_more():
-    """By hand, with a Lagrangian that rises in every epoch, so that each comparison made lets the window grow."""
-    optimizer, params = (
-        cbp_jax.cbp("binary", steps_per_epoch=1, patience=100),
-        {"w": jnp.array([[1.0, -1.0]])},
-    )
-    state, windows, update = optimizer.init(params), [], jax.jit(optimizer.update)
-    for value in [1.0, 2.0, 3.0, 4.0, 5.0, jnp.nan, 7.0, 8.0, 9.0, 10.0, 11.0]:
-        _, state = update(params, state, params, value=value)
-        windows.append(float(state.window))
-    # growth forgets the previous epoch, so every second comparison finds a rise; the nan delays the
-    # next by its own epoch and one
+    """By hand: the Lagrangian rises in every epoch, so the window grows at each comparison."""
+    windows = windows_of([1.0, 2.0, 3.0, 4.0, 5.0, jnp.nan, 7.0, 8.0, 9.0, 10.0, 11.0])
+    # Growth forgets the previous epoch, so every second comparison finds a rise; the nan delays the
+    # next by its own epoch and one.
     assert windows == [1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5]
 
 
 def test_an_equal_lagrangian_has_not_fallen():
-    optimizer, params = (
-        cbp_jax.cbp("binary", steps_per_epoch=1, patience=100),
-        {"w": jnp.array([[1.0, -1.0]])},
-    )
+    assert windows_of([3.0, 3.0, 3.0, 2.5, 2.0, 2.0, 0.0]) == [1, 1, 2, 2, 2, 2, 3]
+
+
+def windows_of(values):
+    """The window after each of these losses, which are the Lagrangians of epochs of one step."""
+    params = {"w": jnp.array([[1.0, -1.0]])}
+    optimizer = cbp_jax.cbp("binary", steps_per_epoch=1, patience=100)
     state, windows, update = optimizer.init(params), [], jax.jit(optimizer.update)
-    for value in [3.0, 3.0, 3.0, 2.5, 2.0, 2.0]:
+    for value in values:
         _, state = update(params, state, params, value=value)
         windows.append(float(state.window))
-    assert windows == [1, 1, 2, 2, 2, 2]
-    _, state = optimizer.update(params, state, params, value=0.0)
-    assert state.window == 3  # the epochs of 2.0 and 2.0
+    return windows
 
 
 def test_a_problem_solved_by_hand():
-    """Separable: minimize sum c/2 (w - t)^2 on binary levels ±1. The optimum takes each weight to
-    the level nearest to its t.
+    """Minimizes sum c/2 (w - t)^2 on binary levels ±1: each weight ends at the level nearest to t.
 
     There the loss pulls a weight off its level with c |level - t|, and the constraint holds it with
-    2 multiplier: so at the end multiplier >= c |level - t| / 2. A weight with t and its start on a
-    level violates nothing: its multiplier stays 0.
+    2 multiplier, so at the end multiplier >= c |level - t| / 2. A weight whose t and start are on
+    a level violates nothing: its multiplier stays 0.
     """
     target = jnp.array([[0.5, -0.75, 0.25, 1.25, 1.0, -1.0]])
     curvature = jnp.array([[1.0, 2.0, 1.0, 0.5, 3.0, 1.0]])
     start = {"w": jnp.array([[0.5, -1.5, -0.5, 1.5, 1.0, -1.0]])}
-    rate = 0.01
-    optimizer = optax.chain(
-        cbp_jax.cbp(
-            "binary", steps_per_epoch=10, patience=1, multiplier_optimizer=optax.adam(2e-2)
-        ),
-        optax.sgd(rate),
-    )
+    rate, when = 0.01, {"steps_per_epoch": 10, "patience": 1}
+    link = cbp_jax.cbp("binary", multiplier_optimizer=optax.adam(2e-2), **when)
+    optimizer = optax.chain(link, optax.sgd(rate))
 
     def loss_fn(params):
         return jnp.sum(curvature / 2 * (params["w"] - target) ** 2)
@@ -278,7 +236,7 @@ def test_a_problem_solved_by_hand():
     assert scale == 1  # mean |start|
     levels = np.array([[1, -1, 1, 1, 1, -1]])
     np.testing.assert_array_equal(cbp_jax.quantize(params, state)["w"], levels)
-    # a weight crosses its level by at most a step
+    # A weight crosses its level by at most a step.
     reach = rate * (curvature * np.abs(levels - target) + 2 * multipliers)
     assert np.all(np.abs(params["w"] - levels) <= reach + 1e-6)
     pull = np.asarray(curvature * np.abs(levels - target))
@@ -288,16 +246,15 @@ def test_a_problem_solved_by_hand():
 
 
 def test_first_step_by_hand():
-    """Adam's first step is its rate, wherever there is a gradient: outside the levels, as the window is 1."""
+    """Adam's first step is its rate where there is a gradient: at window 1, outside the levels."""
     params = {"w": jnp.array([[-2.0, -1.0, 0.25, 0.75]])}  # of mean absolute value 1
     optimizer = cbp_jax.cbp("ternary", multiplier_optimizer=optax.adam(0.5))
-    updates, state = optimizer.update(
-        {"w": jnp.full((1, 4), 10.0)}, optimizer.init(params), params, value=3.0
-    )
+    gradient = {"w": jnp.full((1, 4), 10.0)}
+    updates, state = optimizer.update(gradient, optimizer.init(params), params, value=3.0)
     np.testing.assert_allclose(state.multipliers["w"], [[0.5, 0, 0, 0]], rtol=1e-5)
     np.testing.assert_allclose(updates["w"], [[10 - 0.5 * 2, 10, 10, 10]], rtol=1e-5)
     assert state.lagrangian_sum == pytest.approx(3 + 0.5 * 2, rel=1e-5)
-    assert (state.count, state.step_in_epoch, bool(state.started), state.skipped_values) == (
+    assert (state.count, state.step_in_epoch, state.started, state.skipped_values) == (
         1,
         1,
         True,
@@ -314,23 +271,16 @@ def test_default_multiplier_optimizer_is_adam_at_1e_4():
 
 def test_multiplier_learning_rate_is_that_of_adam():
     problem, when = Regression(4), {"steps_per_epoch": 1, "patience": 2}
-    link = cbp_jax.cbp(
-        "ternary", multiplier_learning_rate=7e-3, mask={"a": True, "b": True, "free": False}, **when
-    )
+    link = cbp_jax.cbp("ternary", multiplier_learning_rate=7e-3, mask=MASK, **when)
     compare(link, schedule("ternary", problem, rate=7e-3, **when), problem, 12)
 
 
 def test_another_multiplier_optimizer():
     problem, when = Regression(6), {"steps_per_epoch": 2, "patience": 2}
-    reference = schedule("binary", problem, **when)
-    reference.ascent = reference.Descent(0.03)
-    optimizer = cbp_jax.cbp(
-        "binary",
-        multiplier_optimizer=optax.sgd(0.03),
-        mask={"a": True, "b": True, "free": False},
-        **when,
-    )
-    compare(optimizer, reference, problem, 40)
+    expected = schedule("binary", problem, **when)
+    expected.ascent = reference.Descent(0.03)
+    optimizer = cbp_jax.cbp("binary", multiplier_optimizer=optax.sgd(0.03), mask=MASK, **when)
+    compare(optimizer, expected, problem, 40)
 
 
 def test_a_mapping_gives_each_leaf_its_constraint():
@@ -338,12 +288,8 @@ def test_a_mapping_gives_each_leaf_its_constraint():
     reference = schedule("binary", problem, **when)
     reference.levels = {"a": cbp_jax.two_bit_shift().levels, "b": (-1.0, 1.0)}
     constraints = {"free": None, "a": cbp_jax.two_bit_shift(), ".*": "binary"}
-    compare(
-        cbp_jax.cbp(constraints, multiplier_optimizer=optax.adam(3e-3), mask=True, **when),
-        reference,
-        problem,
-        40,
-    )
+    optimizer = cbp_jax.cbp(constraints, multiplier_learning_rate=3e-3, mask=True, **when)
+    compare(optimizer, reference, problem, 40)
 
 
 def test_scale_fn():
@@ -351,11 +297,8 @@ def test_scale_fn():
 
     def largest(w, kept_axes):
         seen.append((w.dtype, kept_axes))
-        return jnp.max(
-            jnp.abs(w),
-            axis=tuple(i for i in range(w.ndim) if i not in kept_axes),
-            keepdims=bool(kept_axes),
-        )
+        axes = tuple(i for i in range(w.ndim) if i not in kept_axes)
+        return jnp.max(jnp.abs(w), axis=axes, keepdims=bool(kept_axes))
 
     w = jnp.array([[1.0, -3.0], [2.0, 0.5]], jnp.bfloat16)
     assert cbp_jax.cbp("binary", scale_fn=largest).init({"w": w}).weight_scale["w"] == 3
@@ -400,18 +343,18 @@ def test_other_extra_arguments_are_ignored():
     optimizer = cbp_jax.cbp("binary")
     state = optimizer.init(params)
     ours = optimizer.update(params, state, params, value=1.0, epoch=3, value_fn=None)
-    jax.tree.map(
-        np.testing.assert_array_equal, ours, optimizer.update(params, state, params, value=1.0)
-    )
+    expected = optimizer.update(params, state, params, value=1.0)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
 def test_the_state_starts_as_documented():
     params = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.ones(2)}
     state = cbp_jax.cbp("binary", initial_window=2).init(params)
     assert state._fields == (
-        "count", "step_in_epoch", "started", "constraints", "multipliers", "weight_scale", "window", "multiplier_opt_state",
-        "lagrangian_sum", "previous_sum", "patience_used", "skipped_values", "multiplier_updates",
-    )  # fmt: skip
+        *("count", "step_in_epoch", "started", "constraints", "multipliers", "weight_scale"),
+        *("window", "multiplier_opt_state", "lagrangian_sum", "previous_sum", "patience_used"),
+        *("skipped_values", "multiplier_updates"),
+    )
     assert state.constraints == {"w": cbp_jax.binary(), "b": optax.MaskedNode()}
     np.testing.assert_array_equal(state.multipliers["w"], [[0, 0]])
     assert (state.weight_scale["w"], state.window) == (1.5, 2)

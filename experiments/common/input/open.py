@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from common.config import ConfigError
 from common.input import augment, in_memory, pipeline
 from common.input.batch import Batch, HostBatch, Loader, Preprocess, eval_batch_size
 from common.input.sources import FolderSource, Source, TfdsSource
@@ -25,16 +26,16 @@ def open_data(config: ml_collections.ConfigDict) -> Loader:
 
     Raises:
       FileNotFoundError: if the data are not there; it says what was expected.
-      ValueError: if the name is unknown, or the devices cannot share a batch evenly.
+      ConfigError: if the name is unknown, or the devices cannot share a batch evenly.
     """
     sizes, devices = (config.batch_size, eval_batch_size(config)), jax.device_count()
     for field, size in zip(("batch_size", "eval_batch_size"), sizes, strict=True):
         if size % devices:
-            raise ValueError(
+            raise ConfigError(
                 f"{field}={size} cannot be shared by {devices} devices: give a multiple"
             )
     if config.data not in _LOADERS:
-        raise ValueError(f"--config.data={config.data!r} is none of {', '.join(_LOADERS)}")
+        raise ConfigError(f"--config.data={config.data!r} is none of {', '.join(_LOADERS)}")
     return _LOADERS[config.data](config)
 
 

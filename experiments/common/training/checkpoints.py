@@ -13,6 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from common.config import ConfigError
+
 PyTree = Any
 
 
@@ -37,7 +39,7 @@ def restore(path: Path, like: PyTree) -> PyTree:
         return _restore(path, lambda args: read(args=args), {"tree": like})[0]["tree"]
 
 
-class AnotherTreeError(ValueError):
+class AnotherTreeError(ConfigError):
     """A checkpoint is intact, but of another network, optimizer or constraint."""
 
 

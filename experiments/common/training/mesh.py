@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from common.config import ConfigError
+
 PyTree = Any
 _MIN_SHARDED = 2**16  # elements; gathering smaller arrays costs more than replicating them
 
@@ -22,11 +24,11 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     """Makes a mesh of all hosts' devices, `fsdp` of which share one copy of the parameters.
 
     Raises:
-      ValueError: if the number of devices is not a multiple of `fsdp`.
+      ConfigError: if the number of devices is not a multiple of `fsdp`.
     """
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
-        raise ValueError(
+        raise ConfigError(
             f"fsdp={fsdp} does not divide the {devices} devices: give a divisor of {devices}"
         )
     return jax.make_mesh(

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import cbp_jax
+from common.config import ConfigError
 from common.input.open import open_data
 from common.report import deploy
 from common.report.figures import draw_run
@@ -51,7 +52,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
 
     Raises:
       Stopped: after SIGTERM or Ctrl-C, once the state is saved; the same call then resumes.
-      ValueError: if a field of the config makes no sense, or does not fit the run in the workdir.
+      ConfigError: if a field of the config makes no sense, or does not fit the run in the workdir.
       FileNotFoundError: if the data or the pre-trained weights do not exist.
       MemoryError: if a step does not fit the device.
       FloatingPointError: if the loss or a weight is not finite; the checkpoints stay as they are.
@@ -166,13 +167,13 @@ def _resumed(
     for name in ("images", "steps_per_epoch"):
         saved, value = getattr(record, name), getattr(asked, name)
         if saved != value:
-            raise ValueError(
+            raise ConfigError(
                 f"the run in this workdir has {name}={saved}, not {value}: use that, or another "
                 "--workdir"
             )
     step, measured = int(state.step), int(state.sums.steps) == 0
     if step > total_steps or (step == total_steps and measured):
-        raise ValueError(
+        raise ConfigError(
             f"the run in this workdir has taken {step} steps, and its config asks for "
             f"{total_steps}: raise --config.epochs"
         )

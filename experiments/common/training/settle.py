@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 import cbp_jax
+from common.config import ConfigError
 from common.models.torch_weights import TORCHVISION_OPTIONS
 from common.training.optimizers import METHODS
 
@@ -32,7 +33,7 @@ def settle(
       The config to run, frozen.
 
     Raises:
-      ValueError: if a field makes no sense, or a field without a value.
+      ConfigError: if a field makes no sense, or a field without a value.
       FileNotFoundError: if weights are to be post-trained and none are named.
     """
     settled = ml_collections.ConfigDict(config.to_dict())
@@ -41,7 +42,7 @@ def settle(
         if settled[name] is None:
             settled[name] = values[settled.constraint]
     if settled.learning_rate is None:
-        raise ValueError("--config.learning_rate is None: give a number")
+        raise ConfigError("--config.learning_rate is None: give a number")
     if saved is None:
         _check_pretrained(settled)
         if "transform_input" in settled and settled.transform_input is None:
@@ -73,12 +74,12 @@ def check_resumable(saved: Mapping[str, Any], config: ml_collections.FrozenConfi
     """Returns a line on the fields that changed since the run began; empty if none did.
 
     Raises:
-      ValueError: if one of them cannot change.
+      ConfigError: if one of them cannot change.
     """
     changed = differences(saved, config)
     fixed = [f"{name} {changed[name]}" for name in _FIXED if name in changed]
     if fixed:
-        raise ValueError(
+        raise ConfigError(
             f"the run in this workdir has another config (saved -> asked): {', '.join(fixed)}; "
             "use the saved values, or another --workdir"
         )
@@ -103,10 +104,10 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "multiplier_rule": ("adam", "capped"),
     }.items():
         if config[name] not in choices:
-            raise ValueError(f"--config.{name}={config[name]!r} is none of {', '.join(choices)}")
+            raise ConfigError(f"--config.{name}={config[name]!r} is none of {', '.join(choices)}")
     for name in ("epochs", "pretrain_epochs", "batch_size", "checkpoint_epochs"):
         if config[name] < 1:
-            raise ValueError(f"--config.{name}={config[name]} must be positive")
+            raise ConfigError(f"--config.{name}={config[name]} must be positive")
 
 
 def _check_pretrained(config: ml_collections.ConfigDict) -> None:

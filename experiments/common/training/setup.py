@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import cbp_jax
 from common import models
+from common.config import ConfigError
 from common.input import pipeline
 from common.input.batch import HostBatch, Loader
 from common.models import torch_weights
@@ -61,12 +62,13 @@ def make_setup(
         checkpoint, and the file may be gone.
 
     Raises:
-      ValueError: if there are fewer training images than a batch, or the weights do not fit.
+      ConfigError: if there are fewer training images than a batch.
+      ValueError: if the weights are damaged, or of another network.
       FileNotFoundError: if the weights do not exist.
     """
     steps_per_epoch = config.steps_per_epoch or loader.train_images // config.batch_size
     if steps_per_epoch < 1:
-        raise ValueError(
+        raise ConfigError(
             f"{loader.train_images} training images are fewer than batch_size={config.batch_size}: "
             "lower --config.batch_size"
         )

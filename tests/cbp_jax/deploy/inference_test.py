@@ -1,4 +1,4 @@
-"""The two ways to run a network from packed weights: one result, different memory."""
+"""The two ways to run a network from packed weights: equal results, different memory."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def packed():
 
 
 def memory(predict, *inputs):
-    """Bytes of arguments and of what the compiled function needs besides."""
+    """Bytes of the arguments, and of what the compiled function needs besides."""
     analysis = predict.func.lower(*predict.args, *inputs).compile().memory_analysis()
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
@@ -42,9 +42,8 @@ def memory(predict, *inputs):
 def test_is_the_forward_pass_of_quantized_weights(kind, weights):
     params, forward = network(kind)
     state = cbp_jax.cbp("two_bit_shift", scale_axis=-1).init(params)
-    predict = cbp_jax.make_predict(
-        forward, cbp_jax.pack(params, state, round=True), params, weights=weights
-    )
+    packed = cbp_jax.pack(params, state, round=True)
+    predict = cbp_jax.make_predict(forward, packed, params, weights=weights)
     expected = jax.jit(forward)(cbp_jax.quantize(params, state), X)
     np.testing.assert_allclose(predict(X), expected, rtol=1e-6, atol=1e-6)
 
@@ -63,36 +62,32 @@ def test_packed_weights_stay_packed(packed):
 def test_scan_unpacks_a_layer_at_a_time():
     """On stacked layers, without any flag."""
     kernels = jnp.asarray(np.random.default_rng(0).normal(size=(LAYERS, WIDTH, WIDTH)), jnp.float32)
-    codes = [
-        cbp_jax.pack({"kernel": kernel}, cbp_jax.cbp("binary").init({"kernel": kernel}), round=True)
-        for kernel in kernels
-    ]
+    layers = [{"kernel": kernel} for kernel in kernels]
+    link = cbp_jax.cbp("binary")
+    codes = [cbp_jax.pack(layer, link.init(layer), round=True) for layer in layers]
     stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *codes)
 
     @jax.jit
     def predict(stacked, x):
-        return jax.lax.scan(
-            lambda x, layer: (jnp.tanh(x @ cbp_jax.unpack(layer)["kernel"]), None), x, stacked
-        )[0]
+        def run_layer(x, layer):
+            return jnp.tanh(x @ cbp_jax.unpack(layer)["kernel"]), None
+
+        return jax.lax.scan(run_layer, x, stacked)[0]
 
     x = jnp.ones((2, WIDTH)) / 16
     expected = x
     for kernel in kernels:
         expected = jnp.tanh(expected @ (jnp.where(kernel >= 0, 1, -1) * jnp.mean(jnp.abs(kernel))))
     np.testing.assert_allclose(predict(stacked, x), expected, rtol=1e-5, atol=1e-5)
-    assert (
-        predict.lower(stacked, x).compile().memory_analysis().temp_size_in_bytes
-        < 2 * 4 * WIDTH * WIDTH
-    )
+    analysis = predict.lower(stacked, x).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 2 * 4 * WIDTH * WIDTH
 
 
 def test_dtype(packed):
     half = cbp_jax.make_predict(stack, packed, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.args[0])} == {jnp.dtype(jnp.bfloat16)}
-    dtypes = []
-    cbp_jax.make_predict(
-        lambda p, x: dtypes.append(p["layer0"].dtype), packed, weights="packed", dtype=jnp.bfloat16
-    )(1)
+    dtypes, options = [], {"weights": "packed", "dtype": jnp.bfloat16}
+    cbp_jax.make_predict(lambda p, x: dtypes.append(p["layer0"].dtype), packed, **options)(1)
     assert dtypes == [jnp.bfloat16]
 
 
@@ -115,7 +110,7 @@ np.save(sys.argv[4], function.call(cbp_jax.load_packed(sys.argv[2]), x))
 
 
 def test_exported_for_every_platform(packed, tmp_path):
-    """The function in one file, without weights; the weights in another; called in a new process."""
+    """The function in one file and the weights in another, called in a new process."""
     x = np.random.default_rng(1).normal(size=(3, WIDTH)).astype(np.float32)
     predict = cbp_jax.make_predict(stack, packed, weights="packed")
     exported = export.export(predict.func, platforms=("cpu", "cuda", "tpu"))(*predict.args, x)

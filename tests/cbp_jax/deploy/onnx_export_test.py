@@ -96,15 +96,11 @@ def test_constraints_that_fit(constraint, weight_type, tmp_path):
         (cbp_jax.shift(3), "int2", "Give weight_type='float'"),
         (cbp_jax.uniform(5), "int4", "14, 15. Give weight_type='float'"),
         (cbp_jax.shift(64), "int4", "need the integers -18446744073709551616, "),
-<<<<<<< HEAD
         (
-            cbp_jax.Constraint("irrational", (-1.0, 2**0.5)),
+            own("irrational", -1.0, 2**0.5),
             "int4",
             "not multiples of a common unit: .*Give weight_type='float'",
         ),
-=======
-        (own("irrational", -1.0, 2**0.5), "int4", "no multiples of a .*Give weight_type='float'"),
->>>>>>> tests
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -1,4 +1,4 @@
-"""Large packed files: the memory that loading them takes, and numbers beyond 32 bits."""
+"""Large packed files: the memory to load them, and positions beyond 32 bits."""
 
 import subprocess
 import sys
@@ -21,17 +21,13 @@ print(packed.nbytes, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss 
 
 
 def save_large(path, sizes):
-    """Codes of binary weights, so many bytes a tensor: as weights they would need 32 times as much."""
-    tensors = {
-        f"layer{i}": cbp_jax.PackedTensor(
-            np.full(size, i, np.uint8),
-            np.float32(1).reshape(()),
-            cbp_jax.binary(),
-            (8 * size,),
-            "float32",
+    """Codes of binary weights, by bytes per tensor: as weights they would take 32 times as much."""
+    tensors = {}
+    for i, size in enumerate(sizes):
+        codes, scale, shape = np.full(size, i, np.uint8), np.array(1, np.float32), (8 * size,)
+        tensors[f"layer{i}"] = cbp_jax.PackedTensor(
+            codes, scale, cbp_jax.binary(), shape, "float32"
         )
-        for i, size in enumerate(sizes)
-    }
     cbp_jax.save_packed(path, cbp_jax.Packed(tensors))
 
 
@@ -42,19 +38,15 @@ def save_large(path, sizes):
     ids=["200 MB", "2.4 GB"],
 )
 def test_memory_of_loading(sizes, tmp_path):
-    save_large(tmp_path / "large", sizes)
-    assert (tmp_path / "large").stat().st_size > sum(sizes)
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "large")],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=600,
-    )
+    path = tmp_path / "large"
+    save_large(path, sizes)
+    assert path.stat().st_size > sum(sizes)
+    options = {"stdout": subprocess.PIPE, "text": True, "check": True, "timeout": 600}
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], **options)
     nbytes, used = map(int, run.stdout.split())
     assert nbytes == sum(sizes) + 4 * len(sizes)
     assert used <= nbytes + max(sizes) + 20_000_000
-    (tmp_path / "large").unlink()
+    path.unlink()
 
 
 @pytest.mark.slow

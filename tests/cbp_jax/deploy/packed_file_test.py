@@ -1,5 +1,6 @@
-"""Packed files: what is written can be read from their description alone, and whatever happens to a file is noticed."""
+"""Packed files can be read from their description alone, and damage to them is noticed."""
 
+import functools
 import json
 import os
 import struct
@@ -51,10 +52,14 @@ def path(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def content(tmp_path_factory):
-    path = tmp_path_factory.mktemp("packed") / "weights.safetensors"
-    cbp_jax.save_packed(path, PACKED)
-    return path.read_bytes()
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture(scope="module")
+def content(folder):
+    cbp_jax.save_packed(folder / "weights.safetensors", PACKED)
+    return (folder / "weights.safetensors").read_bytes()
 
 
 def header_of(content):
@@ -68,7 +73,7 @@ def with_header(header, data):
 
 
 def with_entries(content, change):
-    """The file with its description of the tensors changed, as another writer might have written it."""
+    """The file with another description of its tensors, and a checksum that agrees."""
     header, data = header_of(content)
     metadata = header["__metadata__"]
     entries = json.loads(metadata["tensors"])
@@ -85,10 +90,8 @@ def test_saved_and_loaded(path):
     loaded = cbp_jax.load_packed(path)
     assert loaded == PACKED
     assert list(loaded.tensors) == list(PACKED.tensors)
-    tree = cbp_jax.unpack(loaded, PARAMS)
-    for a, b in zip(
-        jax.tree.leaves(tree), jax.tree.leaves(cbp_jax.quantize(PARAMS, STATE)), strict=True
-    ):
+    trees = cbp_jax.unpack(loaded, PARAMS), cbp_jax.quantize(PARAMS, STATE)
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         assert a.dtype == b.dtype
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -100,7 +103,7 @@ def test_any_safetensors_reader_opens_it(path):
 
 
 def read_as_described(content):
-    """A reader from the description in `packed_file.py` alone: Python's integers, a weight at a time."""
+    """Reads a file by the description in `packed_file.py` alone, one weight at a time."""
     header, data = header_of(content)
     metadata = header.pop("__metadata__")
     assert (metadata["format"], metadata["version"]) == ("cbp_jax packed weights", "1")
@@ -127,9 +130,8 @@ def read_as_described(content):
             two = codes[byte] | (codes[byte + 1] << 8 if bit % 8 + bits > 8 else 0)
             values.append(levels[two >> (bit % 8) & ((1 << bits) - 1)])
         scales = np.frombuffer(scale, np.float32).reshape(header[f"{name}.scale"]["shape"])
-        assert [axis for axis, n in enumerate(scales.shape) if n > 1] == [
-            a for a in entry["scale_axis"] if shape[a] > 0
-        ]
+        kept = [axis for axis, n in enumerate(scales.shape) if n > 1]
+        assert kept == [axis for axis in entry["scale_axis"] if shape[axis] > 0]
         tensors[name] = (np.array(values, np.float32).reshape(shape) * scales).astype(dtype)
     return tensors
 
@@ -164,40 +166,22 @@ int main(int argc, char **argv) {
 
 def test_the_lines_of_c_read_it(tmp_path):
     """Those of the description, compiled."""
-    lines = [
-        line.strip()
-        for line in packed_file.__doc__.splitlines()
-        if line.startswith("    size_t bit")
-    ]
-    lines += [
-        line.strip()
-        for line in packed_file.__doc__.splitlines()
-        if line.startswith("    unsigned two")
-    ]
+    starts = ("    size_t bit", "    unsigned two")
+    lines = [line for line in packed_file.__doc__.splitlines() if line.startswith(starts)]
     assert len(lines) == 2
-    assert all(line in C_READER for line in lines)
-    (tmp_path / "reader.c").write_text(C_READER)
+    assert all(line.strip() in C_READER for line in lines)
+    reader = tmp_path / "reader"
+    reader.with_suffix(".c").write_text(C_READER)
+    run = functools.partial(subprocess.run, check=True, capture_output=True)
     try:
-        subprocess.run(
-            ["cc", "-o", tmp_path / "reader", tmp_path / "reader.c"],
-            check=True,
-            capture_output=True,
-        )
+        run(["cc", "-o", reader, reader.with_suffix(".c")])
     except FileNotFoundError:
         pytest.skip("no C compiler")
     for name in ("conv/kernel", "head/kernel"):
         tensor = PACKED.tensors[name]
-        arguments = [
-            str(tensor.constraint.bits),
-            str(tensor.size),
-            *map(repr, tensor.constraint.levels),
-        ]
-        read = subprocess.run(
-            [tmp_path / "reader", *arguments],
-            input=tensor.codes.tobytes(),
-            capture_output=True,
-            check=True,
-        )
+        levels = map(repr, tensor.constraint.levels)
+        arguments = [str(tensor.constraint.bits), str(tensor.size), *levels]
+        read = run([reader, *arguments], input=tensor.codes.tobytes())
         layer, leaf = name.split("/")
         levels = np.array(read.stdout.decode().split(), np.float32).reshape(tensor.shape)
         expected = np.asarray(cbp_jax.quantize(PARAMS, STATE)[layer][leaf])
@@ -220,10 +204,8 @@ def test_size_of_the_whole_file(constraint, weights, tmp_path):
 
 
 def test_a_crash_leaves_the_old_file(path, monkeypatch):
-    before = path.read_bytes()
-    other = cbp_jax.pack(
-        {"kernel": jnp.ones((2, 2))}, cbp_jax.cbp("binary").init({"kernel": jnp.ones((2, 2))})
-    )
+    before, params = path.read_bytes(), {"kernel": jnp.ones((2, 2))}
+    other = cbp_jax.pack(params, cbp_jax.cbp("binary").init(params))
 
     def torn(specs, name, metadata):
         Path(name).write_bytes(b"half of it")
@@ -253,7 +235,7 @@ def test_the_new_file_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypat
     assert calls == ["sync", "replace", "sync"]
 
 
-def test_permissions_are_those_of_any_new_file(path):
+def test_permissions_are_those_of_a_new_file(path):
     path.with_name("plain").touch()
     assert path.stat().st_mode == path.with_name("plain").stat().st_mode
 
@@ -261,18 +243,14 @@ def test_permissions_are_those_of_any_new_file(path):
 def test_refuses_what_the_file_cannot_hold(tmp_path):
     params = {"kernel": jnp.ones((2, 2))}
     state = cbp_jax.cbp("binary").init(params)
-    with pytest.raises(ValueError, match="'odd' is int4"):
-        cbp_jax.save_packed(
-            tmp_path / "file", cbp_jax.pack({**params, "odd": jnp.ones(3, jnp.int4)}, state)
-        )
-    with pytest.raises(ValueError, match=r"already has a tensor 'kernel\.codes'"):
-        cbp_jax.save_packed(
-            tmp_path / "file", cbp_jax.pack({**params, "kernel.codes": jnp.ones(3)}, state)
-        )
-    with pytest.raises(ValueError, match="__metadata__"):
-        cbp_jax.save_packed(
-            tmp_path / "file", cbp_jax.pack({**params, "__metadata__": jnp.ones(3)}, state)
-        )
+    for name, leaf, message in (
+        ("odd", jnp.ones(3, jnp.int4), "'odd' is int4"),
+        ("kernel.codes", jnp.ones(3), r"already has a tensor 'kernel\.codes'"),
+        ("__metadata__", jnp.ones(3), "__metadata__"),
+    ):
+        packed = cbp_jax.pack({**params, name: leaf}, state)
+        with pytest.raises(ValueError, match=message):
+            cbp_jax.save_packed(tmp_path / "file", packed)
     assert not any(tmp_path.iterdir())
 
 
@@ -292,45 +270,41 @@ def test_no_file(tmp_path):
         cbp_jax.load_packed(tmp_path)
 
 
+def last_bytes(content):
+    """Where the last byte of each tensor is, of the tensors that have any."""
+    header, data = header_of(content)
+    del header["__metadata__"]
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    start = len(content) - len(data)
+    return {name: start + end - 1 for name, (begin, end) in offsets.items() if begin < end}
+
+
 def test_one_changed_bit_of_any_tensor_is_noticed(content, path):
-    header, data = header_of(content)
-    start = len(content) - len(data)
-    for name, entry in header.items():
-        if name != "__metadata__" and entry["data_offsets"][0] < entry["data_offsets"][1]:
-            damaged = bytearray(content)
-            damaged[start + entry["data_offsets"][1] - 1] ^= 0x10
-            assert_refused(path, damaged, repr(name.removesuffix(".codes").removesuffix(".scale")))
+    for name, last in last_bytes(content).items():
+        damaged = bytearray(content)
+        damaged[last] ^= 0x10
+        assert_refused(path, damaged, repr(name.removesuffix(".codes").removesuffix(".scale")))
 
 
-def test_truncation(content, path):
-    header, data = header_of(content)
-    start = len(content) - len(data)
-    for name, entry in header.items():
-        if name != "__metadata__" and entry["data_offsets"][0] < entry["data_offsets"][1]:
-            assert_refused(
-                path,
-                content[: start + entry["data_offsets"][1] - 1],
-                f"is truncated in tensor '{name}'",
-            )
+def test_truncation_is_noticed(content, path):
+    for name, last in last_bytes(content).items():
+        assert_refused(path, content[:last], f"is truncated in tensor '{name}'")
+    start = len(content) - len(header_of(content)[1])
     for end in (0, 5, 8, 100, start - 1):
         assert_refused(path, content[:end], "is damaged")
 
 
-def test_trailing_garbage(content, path):
-    last = max(
-        (entry["data_offsets"][1], name)
-        for name, entry in header_of(content)[0].items()
-        if name != "__metadata__"
-    )[1]
+def test_trailing_bytes_are_noticed(content, path):
+    tensors = last_bytes(content)
+    last = max(tensors, key=tensors.get)
     assert_refused(path, content + b"abc", f"3 bytes follow its last tensor, '{last}'")
 
 
 def test_other_versions_and_formats(content, path):
     header, data = header_of(content)
     header["__metadata__"]["version"] = "2"
-    assert_refused(
-        path, with_header(header, data), "version '2', and this cbp_jax reads version '1'"
-    )
+    message = "version '2', and this cbp_jax reads version '1'"
+    assert_refused(path, with_header(header, data), message)
     safetensors.numpy.save_file({"kernel": np.ones(3)}, path)
     assert_refused(path, path.read_bytes(), "holds no packed weights")
 
@@ -339,11 +313,8 @@ def test_missing_and_unknown_tensors(content, path):
     header, data = header_of(content)
     renamed = {name.replace("conv/bias", "conv/other"): entry for name, entry in header.items()}
     assert_refused(path, with_header(renamed, data), "tensor 'conv/bias' is missing")
-    assert_refused(
-        path,
-        with_entries(content, lambda e: e.pop("conv/bias")),
-        "its tensor 'conv/bias' is not described",
-    )
+    undescribed = with_entries(content, lambda e: e.pop("conv/bias"))
+    assert_refused(path, undescribed, "its tensor 'conv/bias' is not described")
 
 
 @pytest.mark.parametrize(
@@ -370,11 +341,8 @@ def test_missing_and_unknown_tensors(content, path):
     ],
 )
 def test_descriptions_that_do_not_fit(content, path, change, message):
-    assert_refused(
-        path,
-        with_entries(content, lambda e: e["conv/kernel"].update(change)),
-        f"tensor 'conv/kernel': .*({message})",
-    )
+    changed = with_entries(content, lambda e: e["conv/kernel"].update(change))
+    assert_refused(path, changed, f"tensor 'conv/kernel': .*({message})")
 
 
 def test_bits_after_the_last_code(path, content):
@@ -387,17 +355,13 @@ def test_bits_after_the_last_code(path, content):
     header, data = header_of(with_entries(content, change))
     data = bytearray(data)
     data[header["head/kernel.codes"]["data_offsets"][1] - 1] |= 0x80
-    assert_refused(
-        path, with_header(header, bytes(data)), "'head/kernel': there are bits after its last code"
-    )
+    message = "'head/kernel': there are bits after its last code"
+    assert_refused(path, with_header(header, bytes(data)), message)
 
 
 def test_changed_description(content, path):
-    assert_refused(
-        path,
-        content.replace(b"two_bit_shift", b"two_bit_shaft"),
-        "description of its tensors, in the header, has changed",
-    )
+    changed = content.replace(b"two_bit_shift", b"two_bit_shaft")
+    assert_refused(path, changed, "description of its tensors, in the header, has changed")
 
 
 def test_deeply_nested_header(path):
@@ -432,18 +396,13 @@ def mutate(content, kind, where, what):
         return content[:at] + bytes([content[at] ^ 1 << what]) + content[at + 1 :]
     if kind == "copy":
         return content[:at] + content[: -what - 1 : -1] + content[at:]
-    digits = [i for i, byte in enumerate(content) if 48 <= byte < 58] or [
-        0
-    ]  # nearly all in the header: sizes and offsets
+    # Sizes and offsets: nearly all digits are in the header.
+    digits = [i for i, byte in enumerate(content) if 48 <= byte < 58] or [0]
     at = digits[int(where * (len(digits) - 1))]
     return content[:at] + str(what).encode() + content[at + 1 :]
 
 
-@given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3), of_description=st.booleans())
-@example(mutations=[("set", 0.0, b"\xff" * 4)], of_description=False)
-@settings(max_examples=10_000, deadline=2000, database=None)
-def test_fuzz(mutations, of_description, content, tmp_path_factory):
-    """Whatever a file holds: it is read as it was, or refused by our own error; half of the time with a check sum that agrees."""
+def fuzz(mutations, of_description, content, folder):
     changed = content
     if of_description:
         header, data = header_of(content)
@@ -451,17 +410,35 @@ def test_fuzz(mutations, of_description, content, tmp_path_factory):
         for mutation in mutations:
             text = mutate(text, *mutation) or b"{}"
         header["__metadata__"]["tensors"] = text.decode(errors="replace")
-        header["__metadata__"]["tensors_crc32"] = (
-            f"{zlib.crc32(header['__metadata__']['tensors'].encode()):08x}"
-        )
+        crc = zlib.crc32(header["__metadata__"]["tensors"].encode())
+        header["__metadata__"]["tensors_crc32"] = f"{crc:08x}"
         changed = with_header(header, data)
     else:
         for mutation in mutations:
             changed = mutate(changed, *mutation) or b"x"
-    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    path = folder / "fuzz.safetensors"
     path.write_bytes(changed)
     try:
         loaded = cbp_jax.load_packed(path)
     except cbp_jax.PackedError:
         return
     assert of_description or loaded == PACKED
+
+
+FUZZ = given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3), of_description=st.booleans())
+OFTEN = settings(max_examples=500, deadline=2000, database=None)
+
+
+@FUZZ
+@example(mutations=[("set", 0.0, b"\xff" * 4)], of_description=False)
+@OFTEN
+def test_a_damaged_file_is_read_as_it_was_or_refused(mutations, of_description, content, folder):
+    """Refused with our own error; half of the files are given a checksum that agrees."""
+    fuzz(mutations, of_description, content, folder)
+
+
+@pytest.mark.slow
+@FUZZ
+@settings(OFTEN, max_examples=10_000)
+def test_each_of_ten_thousand_damaged_files(mutations, of_description, content, folder):
+    fuzz(mutations, of_description, content, folder)

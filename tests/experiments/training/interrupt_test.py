@@ -75,10 +75,9 @@ def test_a_second_one_ends_a_process_that_hangs(environment):
 def test_outside_of_the_loop_a_line_says_how_to_resume(environment, tmp_path):
     """As while it imports, reads the data, or draws the figures."""
     code = PREAMBLE + (
-        "import runpy\n"
+        "import runpy, signal\n"
         "from common.training import run\n"
-        "def interrupted(*_): raise KeyboardInterrupt\n"
-        "run.open_data = interrupted\n"
+        "run.open_data = lambda config: signal.raise_signal(signal.SIGINT)\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -86,4 +85,4 @@ def test_outside_of_the_loop_a_line_says_how_to_resume(environment, tmp_path):
     process = start_in_group([python, "-c", code, *rest], environment)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
-    assert errors == "interrupted; rerun the same command to resume\n"
+    assert errors == "\ninterrupted; rerun the same command to resume\n"
