@@ -1,6 +1,7 @@
 """README.md and docs/: code run as it is written, tables, links, lengths."""
 
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,17 @@ def test_tables_match_the_runs(update_pages):
     filled = update_pages.filled(texts, update_pages.tables())
     for page, text, expected in zip(PAGES, texts, filled, strict=True):
         assert text == expected, f"{page}: run python experiments/update_pages.py"
+
+
+def test_costs_in_the_readme_are_those_measured(update_pages):
+    readme, rows = PAGES[0].read_text(), update_pages.tables()["cost"].splitlines()
+    for row, claim in (
+        ("without the sum", r"takes about ([\d.]+) times"),
+        ("with the sum", r"about\s+([\d.]+) times with"),
+    ):
+        (line,) = [line for line in rows if f", {row} " in line]
+        low, high = map(float, re.search(r"([\d.]+) to ([\d.]+)", line).groups())
+        assert low <= float(re.search(claim, readme)[1]) <= high
 
 
 def test_markers_without_a_table_and_tables_without_markers(update_pages):
