@@ -1,4 +1,4 @@
-"""One compilation cache and eight virtual devices for all tests; data and environment of the long runs."""
+"""Eight virtual devices and one compilation cache for all tests; what the long runs need."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def pytest_configure(config):
-    """Makes an empty compilation cache, which the workers of pytest-xdist find in their environment."""
+    """Makes a compilation cache, which xdist's workers find in their environment."""
     if _CACHE not in os.environ:
         os.environ[_CACHE] = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """40 training and 16 validation photos of four classes, in folders; one of each is unreadable."""
+    """Folders of 40 training and 16 validation photos in four classes; one of each is unreadable."""
     import numpy as np
     from PIL import Image
 
@@ -43,5 +43,5 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The environment of a subprocess: one CPU device, and the compilation cache of all tests."""
+    """The environment of a subprocess: one CPU device, and the tests' compilation cache."""
     return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

@@ -28,7 +28,7 @@ settings = hypothesis.settings(max_examples=25, deadline=None)
 
 @st.composite
 def user_constraints(draw, max_levels=24):
-    """Levels at multiples of 1/16, so that midpoints and gaps are exact; more than 16 are bisected."""
+    """Levels at multiples of 1/16, for exact midpoints and gaps; more than 16 are bisected."""
     levels = draw(st.lists(st.integers(-64, 64), min_size=2, max_size=max_levels, unique=True))
     return cbp_jax.Constraint("user", sorted(level / 16 for level in levels))
 
@@ -38,7 +38,7 @@ constraints = st.sampled_from(BUILT_IN) | user_constraints()
 
 @st.composite
 def weights(draw, constraint, dtype):
-    """One scale or one per row, and weights near levels, between and far outside; exact in `dtype`."""
+    """A scale, or one per row; weights near, between and outside the levels, exact in `dtype`."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     size = (SHAPE[0], 1) if draw(st.booleans()) else ()
     scale = np.float32(2.0 ** rng.uniform(-8, 4, size))

@@ -1,4 +1,4 @@
-"""The three forms of the constraint's part of the Lagrangian against numpy; the memory of a step."""
+"""The three forms of the constraint's sum against numpy, and the memory of a step."""
 
 import functools
 

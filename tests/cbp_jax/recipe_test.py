@@ -1,5 +1,7 @@
 """The recipe against its formulas in numpy, and the box."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -15,41 +17,30 @@ settings = hypothesis.settings(max_examples=30, deadline=None)
 
 
 def problem(seed=0):
-    """Weights, one of them outside the bound, and gradients of a sequence of steps that stand in for a loss."""
+    """Weights, some outside the bound, and the gradients of a sequence of steps."""
     rng = np.random.default_rng(seed)
     shapes = {"kernel": (3, 4), "free": (4, 2), "bias": (4,)}
     params = {key: rng.normal(size=shape) * 0.6 for key, shape in shapes.items()}
     params["kernel"][0, 0], params["free"][0, 0] = 1.5, 1.5
-    return params, [
-        {key: rng.normal(size=shape) for key, shape in shapes.items()} for _ in range(30)
-    ]
+    step = lambda: {key: rng.normal(size=shape) for key, shape in shapes.items()}  # noqa: E731
+    return params, [step() for _ in range(30)]
 
 
-def recipe(
-    params,
-    gradients,
-    values,
-    schedule,
-    *,
-    rate,
-    clip,
-    decay,
-    decayed,
-    momentum,
-    bound,
-    lr_decay=0.1,
-    decay_window=20,
-):
+def recipe(params, gradients, values, schedule, **changes):
     """`cbp_sgd` as its docstring has it; `rate` is a function of the step."""
+    given = {**DEFAULTS, **changes}
+    clip, momentum, bound = given["clip"], given["momentum"], given["bound"]
     params, velocity = dict(params), {key: np.zeros_like(w) for key, w in params.items()}
     for step, (gradient, value) in enumerate(zip(gradients, values, strict=True)):
         gradient = schedule(params, gradient, value)
-        factor = lr_decay if schedule.window >= decay_window else 1
+        rate = given["rate"](step)
+        if schedule.window >= given["decay_window"]:
+            rate *= given["lr_decay"]
         for key, w in params.items():
             g = gradient[key] if clip is None else np.clip(gradient[key], -clip, clip)
-            g = g + decay * w * (key in decayed)
+            g = g + given["decay"] * w * (key in given["decayed"])
             velocity[key] = g if momentum is None else momentum * velocity[key] + g
-            params[key] = w - rate(step) * factor * velocity[key]
+            params[key] = w - rate * velocity[key]
             if key in schedule.levels and bound is not None:
                 params[key] = np.clip(params[key], -bound, bound)
     return params
@@ -72,6 +63,8 @@ DEFAULTS = {
     "momentum": 0.9,
     "bound": 1.0,
     "rate": lambda step: 0.1,
+    "lr_decay": 0.1,
+    "decay_window": 20,
 }
 MASK = {"kernel": True, "free": False, "bias": False}
 
@@ -113,54 +106,31 @@ MASK = {"kernel": True, "free": False, "bias": False}
 def test_recipe(ours, formulas):
     params, gradients = problem()
     values = np.sin(np.arange(30))
-    optimizer = cbp_jax.cbp_sgd(
-        **{
-            "learning_rate": 0.1,
-            "constraint": "ternary",
-            "steps_per_epoch": 2,
-            "patience": 2,
-            "mask": MASK,
-        }
-        | {"multiplier_learning_rate": 0.05}
-        | ours
-    )
-    names = {"ascent", "initial_window", "growth"}
-    arguments = {"ascent": reference.Adam(0.05)} | {
-        key: formulas[key] for key in names & formulas.keys()
-    }
+    when = {"steps_per_epoch": 2, "patience": 2}
+    arguments = {"learning_rate": 0.1, "multiplier_learning_rate": 0.05, "mask": MASK, **when}
+    optimizer = cbp_jax.cbp_sgd(constraint="ternary", **{**arguments, **ours})
+    of_schedule = {"ascent": reference.Adam(0.05), **when}
+    changes = dict(formulas)
+    for key in ("ascent", "initial_window", "growth"):
+        if key in changes:
+            of_schedule[key] = changes.pop(key)
     scales = {"kernel": np.mean(np.abs(params["kernel"]))}
-    schedule = reference.Schedule(
-        {"kernel": (-1, 0, 1)}, scales, params, steps_per_epoch=2, patience=2, **arguments
-    )
-    expected = recipe(
-        params,
-        gradients,
-        values,
-        schedule,
-        **DEFAULTS | {key: formulas[key] for key in formulas.keys() - names},
-    )
+    schedule = reference.Schedule({"kernel": (-1, 0, 1)}, scales, params, **of_schedule)
+    expected = recipe(params, gradients, values, schedule, **changes)
     result, state = follow(optimizer, params, gradients, values)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
     for key in params:
-        np.testing.assert_allclose(result[key], expected[key], rtol=1e-9, atol=1e-9, err_msg=key)
-    np.testing.assert_allclose(
-        state.cbp.multipliers["kernel"], schedule.multipliers["kernel"], rtol=1e-9, atol=1e-9
-    )
+        close(result[key], expected[key], err_msg=key)
+    close(state.cbp.multipliers["kernel"], schedule.multipliers["kernel"])
     assert cbp_jax.window(state) == schedule.window
 
 
 def test_the_learning_rate_drops_with_the_window_of_the_same_call():
-    """The window grows at the start of the third call, and that call already takes the small step."""
+    """The window grows at the start of the third call, which already takes the small step."""
     params = {"w": jnp.array([[0.5, -0.5]])}
-    optimizer = cbp_jax.cbp_sgd(
-        1.0,
-        "binary",
-        steps_per_epoch=2,
-        patience=1,
-        initial_window=10.0,
-        momentum=None,
-        weight_decay=0.0,
-        multiplier_learning_rate=0.0,
-    )
+    when = {"steps_per_epoch": 2, "patience": 1, "initial_window": 10.0}
+    plain = {"momentum": None, "weight_decay": 0.0, "multiplier_learning_rate": 0.0}
+    optimizer = cbp_jax.cbp_sgd(1.0, "binary", **when, **plain)
     state, update, steps = optimizer.init(params), jax.jit(optimizer.update), []
     for _ in range(4):
         updates, state = update({"w": jnp.full((1, 2), 0.125)}, state, params, value=1.0)
@@ -214,13 +184,12 @@ def test_no_two_arrays_of_the_recipe_share_a_buffer():
 
 
 def test_defaults_of_the_signature():
-    """The paper's numbers, all at once: by hand for the first step."""
+    """The paper's numbers, in a first step by hand."""
     params = {"w": jnp.array([[-2.0, -1.0, 0.25, 0.75]]), "bias": jnp.array([3.0])}
     optimizer = cbp_jax.cbp_sgd(0.1, "ternary")
     gradient = {"w": jnp.array([[0.5, 5.0, -5.0, 0.0]]), "bias": jnp.array([-4.0])}
     updates, _ = optimizer.update(gradient, optimizer.init(params), params, value=1.0)
-    # the outermost weight has the multiplier 1e-4 and the constraint's gradient -2; its bound lies
-    # at -1
+    # The outermost weight has multiplier 1e-4 and constraint gradient -2; its bound is -1.
     moved = np.array([[-1.0, -1.0, 0.25 + 0.1 * (1 - 0.25e-4), 0.75 - 0.1 * 0.75e-4]])
     np.testing.assert_allclose(params["w"] + updates["w"], moved, rtol=1e-6)
     np.testing.assert_allclose(updates["bias"], [0.1], rtol=1e-6)
@@ -232,7 +201,7 @@ def test_wrong_weight_bound(bound):
         cbp_jax.cbp_sgd(0.1, "binary", weight_bound=bound)
 
 
-def test_wrong_arguments_of_the_link_are_refused_too():
+def test_refuses_what_the_link_refuses():
     with pytest.raises(ValueError, match="patience"):
         cbp_jax.cbp_sgd(0.1, "binary", patience=0)
     with pytest.raises(ValueError, match="unknown constraint"):
@@ -255,7 +224,7 @@ def move_into_box(lower, upper, w, u):
     return moved, optax.apply_updates(w, moved)
 
 
-# The bounds may be arrays; under jit they are, so that one program serves all boxes.
+# The bounds may be arrays. Under jit they are, so one program serves all boxes.
 BOXES = {"eager": move_into_box, "jit": jax.jit(move_into_box)}
 
 
@@ -265,14 +234,11 @@ BOXES = {"eager": move_into_box, "jit": jax.jit(move_into_box)}
 @settings
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
-    # multiples of 1/16 are exact in all dtypes
-    box=st.tuples(st.integers(-64, 63), st.integers(1, 64)).map(
-        lambda b: (b[0] / 16, min(b[0] + b[1], 64) / 16)
-    ),
+    box=st.tuples(st.integers(-64, 63), st.integers(1, 64)),
     reach=st.sampled_from([1e-3, 1.0, 30.0]),
 )
 def test_the_box(dtype, update_dtype, how, seed, box, reach):
-    lower, upper = box
+    lower, upper = box[0] / 16, min(sum(box), 64) / 16  # exact in all dtypes
     rng = np.random.default_rng(seed)
     w = np.where(rng.random(256) < 0.9, rng.uniform(lower, upper, 256), rng.uniform(-8, 8, 256))
     w, u = jnp.asarray(w, dtype), jnp.asarray(rng.normal(size=256) * reach, update_dtype)
@@ -283,13 +249,11 @@ def test_the_box(dtype, update_dtype, how, seed, box, reach):
     exact = np.asarray(w, np.float64) + np.asarray(u, np.float64)
     inside = (exact >= lower) & (exact <= upper)
     np.testing.assert_array_equal(moved[inside], np.asarray(u, np.float64)[inside])
-    # what would leave ends at the bound, up to the rounding of both dtypes
+    # What would leave ends at the bound, up to the rounding of both dtypes.
     coarse = max(float(jnp.finfo(dtype).eps), float(jnp.finfo(update_dtype).eps))
     ends = np.clip(exact, lower, upper)
-    assert np.all(
-        np.abs(result - ends)[~inside]
-        <= 2 * coarse * np.maximum(np.abs(ends), np.abs(np.asarray(w, np.float64)))[~inside] + 1e-30
-    )
+    largest = np.maximum(np.abs(ends), np.abs(np.asarray(w, np.float64)))
+    assert np.all(np.abs(result - ends)[~inside] <= 2 * coarse * largest[~inside] + 1e-30)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -312,16 +276,9 @@ def test_the_box_in_float64():
 
 
 def test_the_mask_of_a_box():
-    params = {
-        "a": jnp.array([0.5]),
-        "b": {"c": jnp.array([0.5]), "d": jnp.array([0.5])},
-        "n": jnp.array([3]),
-    }
-    updates = {
-        "a": jnp.array([9.0]),
-        "b": {"c": jnp.array([9.0]), "d": jnp.array([9.0])},
-        "n": jnp.array([4]),
-    }
+    half, nine = jnp.array([0.5]), jnp.array([9.0])
+    params = {"a": half, "b": {"c": half, "d": half}, "n": jnp.array([3])}
+    updates = {"a": nine, "b": {"c": nine, "d": nine}, "n": jnp.array([4])}
     for mask, expected in [
         (None, [1, 1, 1, 7]),
         ({"a": False, "b": True, "n": False}, [9.5, 1, 1, 7]),
@@ -329,19 +286,15 @@ def test_the_mask_of_a_box():
     ]:
         link = cbp_jax.keep_params_in_box(-1.0, 1.0, mask)
         moved, _ = link.update(updates, link.init(params), params)
-        np.testing.assert_array_equal(
-            jax.tree.leaves(optax.apply_updates(params, moved)), np.float32(expected)[:, None]
-        )
+        leaves = jax.tree.leaves(optax.apply_updates(params, moved))
+        np.testing.assert_array_equal(leaves, np.float32(expected)[:, None])
 
 
 def test_a_box_as_the_last_link_of_a_chain():
-    optimizer = optax.chain(
-        cbp_jax.cbp("binary"), optax.sgd(1.0), cbp_jax.keep_params_in_box(-0.5, 0.5)
-    )
-    params = {"w": jnp.array([[0.5, -0.25]])}
-    updates, _ = optimizer.update(
-        {"w": jnp.array([[-1.0, 0.125]])}, optimizer.init(params), params, value=1.0
-    )
+    box = cbp_jax.keep_params_in_box(-0.5, 0.5)
+    optimizer = optax.chain(cbp_jax.cbp("binary"), optax.sgd(1.0), box)
+    params, gradient = {"w": jnp.array([[0.5, -0.25]])}, {"w": jnp.array([[-1.0, 0.125]])}
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params, value=1.0)
     np.testing.assert_allclose(params["w"] + updates["w"], [[0.5, -0.375]], rtol=1e-6)
 
 

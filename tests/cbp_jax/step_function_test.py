@@ -1,4 +1,4 @@
-"""The three ways to look up a step against numpy, exactly: on every edge, and one rounding step to either side of it."""
+"""The three ways to find a step, against numpy: exact on every edge and just beside it."""
 
 import itertools
 
@@ -23,47 +23,40 @@ CASES = {
 
 
 def ways(monkeypatch):
-    """Names of the ways that are taken from here on."""
+    """The names of the ways that are taken from here on."""
     taken = []
+
+    def recorded(name, function):
+        return lambda *args: taken.append(name) or function(*args)
+
     for name in ("_divide", "_bisect"):
-        function = getattr(module, name)
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda *args, name=name, function=function: taken.append(name) or function(*args),
-        )
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
     return taken
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", CASES)
-def test_against_numpy(name, dtype, monkeypatch):
-    levels = CASES[name]
+@pytest.mark.parametrize("case", CASES)
+def test_against_numpy(case, dtype, monkeypatch):
+    levels = CASES[case]
     taken = ways(monkeypatch)
+    edges = tuple((low + high) / 2 for low, high in itertools.pairwise(levels))
+    ends = np.asarray([0, np.inf, -np.inf, 1e30, -1e30, np.nan], dtype)
+    results = {dtype: levels, "int32": range(len(levels))}
+
+    @jax.jit
+    def run(w, scale):
+        return [step_function(w, scale, edges, v, d) for d, v in results.items()]
+
     with jax.enable_x64(dtype == "float64"):
         for scale in np.asarray([1.0, 0.037, 3e-20, 7e10], dtype):
-            edges = np.asarray([(low + high) / 2 for low, high in itertools.pairwise(levels)])
             at = np.asarray(edges, dtype) * scale
-            w = np.concatenate(
-                [
-                    at,
-                    np.nextafter(at, -np.inf),
-                    np.nextafter(at, np.inf),
-                    [0, np.inf, -np.inf, 1e30, -1e30, np.nan],
-                ]
-            )
+            w = np.concatenate([at, np.nextafter(at, -np.inf), np.nextafter(at, np.inf), ends])
             w = np.asarray(w, dtype)
             index = np.where(np.isnan(w), 0, np.searchsorted(at, w, side="right"))
-            for values, result_dtype in ((levels, dtype), (range(len(levels)), "int32")):
-                run = jax.jit(
-                    lambda w, scale, e=tuple(edges), v=values, d=result_dtype: step_function(
-                        w, scale, e, v, d
-                    )
-                )
-                result = run(jnp.asarray(w), jnp.asarray(scale))
-                assert result.dtype == result_dtype
-                np.testing.assert_array_equal(result, np.asarray(values, result_dtype)[index])
-    way = name.split(",")[0]
+            for result, (name, values) in zip(run(w, scale), results.items(), strict=True):
+                assert result.dtype == name
+                np.testing.assert_array_equal(result, np.asarray(values, name)[index])
+    way = case.split(",")[0]
     assert set(taken) == {"chain": set(), "division": {"_divide"}, "bisection": {"_bisect"}}[way]
 
 

@@ -1,4 +1,4 @@
-"""What wrong input to `cbp` gets: an error that says what was wrong, what was expected and what to do."""
+"""Errors of `cbp`, which say what was wrong, what was expected and what to do."""
 
 import math
 
@@ -12,10 +12,11 @@ import cbp_jax
 W = {"layer": {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.ones(2)}}
 
 
+NUMBERS = [0, -1, 2.5, math.nan, math.inf, "10", np.int64(0), np.float32(0.5)]
+
+
 @pytest.mark.parametrize("name", ["steps_per_epoch", "patience"])
-@pytest.mark.parametrize(
-    "number", [0, -1, 2.5, math.nan, math.inf, "10", np.int64(0), np.float32(0.5)]
-)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_wrong_counts(name, number):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1"):
         cbp_jax.cbp("binary", **{name: number})
@@ -23,7 +24,7 @@ def test_wrong_counts(name, number):
 
 @pytest.mark.parametrize("name", ["steps_per_epoch", "patience"])
 def test_counts_beyond_int32(name):
-    """As good as never; jax refuses to compare such a number with a counter."""
+    """These mean never; JAX cannot compare such a number with a counter."""
     optimizer = cbp_jax.cbp("binary", **{"steps_per_epoch": 1, "patience": 10, name: 2**40})
     state, update = optimizer.init(W), jax.jit(optimizer.update)
     for step in range(12):
@@ -45,9 +46,8 @@ def test_scale_axis_of_a_wrong_type(axis):
 
 @pytest.mark.parametrize("axis", [2, -3, (0, 5)])
 def test_scale_axis_that_does_not_exist(axis):
-    with pytest.raises(
-        ValueError, match=r"scale_axis .* does not exist in 'layer/kernel', which has 2 axes"
-    ):
+    message = r"scale_axis .* does not exist in 'layer/kernel', which has 2 axes"
+    with pytest.raises(ValueError, match=message):
         cbp_jax.cbp("binary", scale_axis=axis).init(W)
 
 
@@ -57,10 +57,10 @@ def test_wrong_multiplier_dtype():
 
 
 def test_a_pattern_that_matches_nothing():
-    with pytest.raises(ValueError, match=r"'layer/kernle' matches none.*near misses: layer/kernel"):
-        cbp_jax.cbp("binary", mask=cbp_jax.select("layer/kernle")).init(W)
-    with pytest.raises(ValueError, match=r"'layer/kernle' matches none.*near misses: layer/kernel"):
-        cbp_jax.cbp({"layer/kernle": "binary"}).init(W)
+    masked = cbp_jax.cbp("binary", mask=cbp_jax.select("layer/kernle"))
+    for link in (masked, cbp_jax.cbp({"layer/kernle": "binary"})):
+        with pytest.raises(ValueError, match=r"'layer/kernle' matches none.*misses: layer/kernel"):
+            link.init(W)
 
 
 def test_update_without_parameters():
@@ -82,7 +82,8 @@ def test_an_all_zero_layer():
     optimizer = cbp_jax.cbp("binary", steps_per_epoch=1, patience=1)
     with pytest.raises(ValueError, match=r"'fresh/kernel' is 0.*pre-trained"):
         optimizer.init(params)
-    state = jax.jit(optimizer.init)(params)  # values cannot be seen: the leaf is then left alone
+    # Under jit the values are unknown, and the leaf is left alone.
+    state = jax.jit(optimizer.init)(params)
     assert state.weight_scale["fresh"]["kernel"] == 0
     params = {"fine": 2 * jnp.ones((2, 2)), "fresh": {"kernel": jnp.ones((2, 2))}}
     update = jax.jit(optimizer.update)
@@ -102,16 +103,11 @@ def test_parameters_other_than_the_states():
     optimizer = cbp_jax.cbp("binary")
     state = optimizer.init(W)
     kernel, bias = W["layer"]["kernel"], W["layer"]["bias"]
+    renamed, short = {"weight": kernel, "bias": bias}, {"kernel": kernel.T[:1], "bias": bias}
     for other, says in [
-        (
-            {"layer": {"weight": kernel, "bias": bias}},
-            r"parameters lack 1 of the 1 .*layer/kernel.*They have",
-        ),
+        ({"layer": renamed}, r"parameters lack 1 of the 1 .*layer/kernel.*They have"),
         ({"layer": {"bias": bias}}, "parameters lack .*layer/kernel"),
-        (
-            {"layer": {"kernel": kernel.T[:1], "bias": bias}},
-            r"'layer/kernel' has shape \(1, 2\).*made for \(2, 2\)",
-        ),
+        ({"layer": short}, r"'layer/kernel' has shape \(1, 2\).*made for \(2, 2\)"),
         ({**W, "more": kernel}, "does not know more"),
     ]:
         with pytest.raises(ValueError, match=says):

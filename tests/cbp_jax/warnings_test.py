@@ -1,4 +1,4 @@
-"""What would go wrong without a word: steps whose loss does not arrive, and weights that are quantized before they are measured."""
+"""Warnings of steps without a loss, and of weights quantized before they are measured."""
 
 import warnings
 
@@ -15,10 +15,6 @@ import cbp_jax
 
 X = np.float32(np.random.default_rng(0).normal(size=(8, 4)))
 WEIGHTS = jax.random.normal(jax.random.key(0), (32, 16))
-
-
-def no_value_warnings(caught):
-    return [entry for entry in caught if "got no value" in str(entry.message)]
 
 
 def readme_train_state():
@@ -38,11 +34,13 @@ def linen_run(kind, steps, **arguments):
         tx=optax.chain(cbp_jax.cbp("ternary", steps_per_epoch=2, **arguments), optax.sgd(0.1)),
     )
 
+    def loss_fn(params):
+        return jnp.mean(model.apply({"params": params}, X) ** 2)
+
     @jax.jit
     def step(state):
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean(state.apply_fn({"params": p}, X) ** 2))(
-            cbp_jax.quantize(state.params, state.opt_state)
-        )
+        quantized = cbp_jax.quantize(state.params, state.opt_state)
+        loss, grads = jax.value_and_grad(loss_fn)(quantized)
         return state.apply_gradients(grads=grads, **({"value": loss} if kind is TrainState else {}))
 
     for _ in range(steps):
@@ -53,7 +51,8 @@ def linen_run(kind, steps, **arguments):
 def test_flax_train_state_drops_the_value():
     with pytest.warns(UserWarning, match=r"got no value.*value=loss.*apply_gradients") as caught:
         state = linen_run(train_state.TrainState, 4)
-    assert len(no_value_warnings(caught)) == 1  # when it is compiled, not at every step
+    # Once, while it is compiled, rather than at every step.
+    assert len([entry for entry in caught if "got no value" in str(entry.message)]) == 1
     report = str(cbp_jax.layer_report(state.params, state.opt_state))
     assert "4 of 4 steps had no finite value" in report
 
@@ -81,11 +80,11 @@ def test_init_on_quantized_weights(constraint, axis):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state = link.init(params)
-        jax.jit(link.init)(cbp_jax.quantize(params, state))  # values cannot be seen
-    with pytest.warns(
-        UserWarning,
-        match=r"'layer/kernel' has \d distinct values for the \d levels.*Restore the optimizer state",
-    ):
+        jax.jit(link.init)(cbp_jax.quantize(params, state))  # whose values are unknown
+    message = (
+        r"'layer/kernel' has \d distinct values for the \d levels.*Restore the optimizer state"
+    )
+    with pytest.warns(UserWarning, match=message):
         link.init(cbp_jax.quantize(params, state))
 
 
@@ -93,9 +92,7 @@ def test_init_on_quantized_weights(constraint, axis):
     "weights",
     [
         pytest.param(jnp.where(jnp.abs(WEIGHTS) > 2, WEIGHTS, 0), id="pruned"),
-        pytest.param(
-            jnp.zeros((64, 64)).at[-1, :].set(jnp.arange(64.0)), id="mostly zero, at the start"
-        ),
+        pytest.param(jnp.zeros((64, 64)).at[-1, :].set(jnp.arange(64.0)), id="zero at the start"),
         pytest.param(jnp.ones((64, 64)), id="constant"),
         pytest.param(jnp.array([[0.5, -0.5, 0.5]]), id="few"),
         pytest.param(WEIGHTS.astype(jnp.bfloat16), id="bfloat16"),
@@ -107,8 +104,8 @@ def test_weights_that_are_not_quantized(weights):
         cbp_jax.cbp("ternary").init({"kernel": weights})
 
 
-def test_what_the_warning_is_about():
-    """The scale measured on ternary weights is not the one that they have, so the network is another."""
+def test_quantized_weights_get_another_scale():
+    """The scale measured on ternary weights is not their own, so the network changes."""
     params = {"kernel": WEIGHTS}
     link = cbp_jax.cbp("ternary")
     state = link.init(params)

@@ -1,4 +1,4 @@
-"""An Equinox module as it is, with its functions and settings among the leaves: trained, packed and run."""
+"""An Equinox module, with functions and settings among its leaves: trained, packed and run."""
 
 from collections.abc import Callable
 
@@ -36,22 +36,17 @@ X = jax.random.normal(jax.random.key(1), (16, 4))
 @pytest.fixture(scope="module")
 def trained():
     model = Network()
-    optimizer = optax.chain(
-        cbp_jax.cbp(
-            "ternary", steps_per_epoch=2, patience=1, mask=cbp_jax.select(include="middle/weight")
-        ),
-        optax.sgd(0.05),
-    )
+    mask = cbp_jax.select(include="middle/weight")
+    link = cbp_jax.cbp("ternary", steps_per_epoch=2, patience=1, mask=mask)
+    optimizer = optax.chain(link, optax.sgd(0.05))
     state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
     def step(model, state):
-        loss, grads = eqx.filter_value_and_grad(lambda m: jnp.mean(jax.vmap(m)(X) ** 2))(
-            cbp_jax.quantize(model, state)
-        )
-        updates, state = optimizer.update(
-            grads, state, eqx.filter(model, eqx.is_inexact_array), value=loss
-        )
+        loss_fn = eqx.filter_value_and_grad(lambda m: jnp.mean(jax.vmap(m)(X) ** 2))
+        loss, grads = loss_fn(cbp_jax.quantize(model, state))
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = optimizer.update(grads, state, params, value=loss)
         return eqx.apply_updates(model, updates), state
 
     for _ in range(5):
@@ -68,10 +63,8 @@ def test_pack_takes_what_quantize_takes(trained, tmp_path):
     assert isinstance(unpacked, Network)
     assert unpacked.activation is jax.nn.relu
     assert unpacked.dropout.p == 0.1
-    for got, wanted in zip(
-        *(jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (unpacked, quantized)),
-        strict=True,
-    ):
+    arrays = (jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (unpacked, quantized))
+    for got, wanted in zip(*arrays, strict=True):
         np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(jax.vmap(unpacked)(X), jax.vmap(quantized)(X))
     assert "activation" not in packed.tensors
@@ -81,15 +74,13 @@ def test_pack_takes_what_quantize_takes(trained, tmp_path):
 def test_predict(trained, weights):
     model, state = trained
     packed = cbp_jax.pack(model, state, round=True)
-    predict = cbp_jax.make_predict(
-        lambda model, x: jax.vmap(model)(x), packed, Network(), weights=weights
-    )
-    np.testing.assert_allclose(
-        predict(X), jax.vmap(cbp_jax.quantize(model, state))(X), rtol=1e-5, atol=1e-6
-    )
+    forward = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+    predict = cbp_jax.make_predict(forward, packed, Network(), weights=weights)
+    expected = jax.vmap(cbp_jax.quantize(model, state))(X)
+    np.testing.assert_allclose(predict(X), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_array_that_is_missing_is_named(trained):
+def test_a_missing_array_is_named(trained):
     model, state = trained
     packed = cbp_jax.pack(model, state, round=True)
     with pytest.raises(cbp_jax.PackedError, match="the template has no 'head/bias'"):

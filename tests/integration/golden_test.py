@@ -1,5 +1,6 @@
 """Against numbers computed with the authors' implementation (tests/testdata)."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ def vectors():
 @pytest.mark.parametrize("name", NAMES)
 def test_quantize(vectors, name):
     q = cbp_jax.get_constraint(name).quantize(vectors["w"], vectors["scale"])
-    # w[0] is 0, which the reference leaves there, on no level of a binary weight
+    # The reference leaves w[0], which is 0, off the levels of a binary weight.
     np.testing.assert_allclose(q[1:], vectors[f"{name}/q"][1:], atol=1e-7, rtol=0)
 
 
@@ -32,11 +33,10 @@ def test_quantize(vectors, name):
 def test_violation_and_gradient(vectors, name, window):
     constraint = cbp_jax.get_constraint(name)
     args = vectors["w"], vectors["scale"], np.inf if window == "None" else float(window)
-    violation, gradient = constraint.violation(*args), constraint.violation_grad(*args)
-    np.testing.assert_allclose(violation[1:], vectors[f"{name}/cs/{window}"][1:], atol=1e-7, rtol=0)
-    np.testing.assert_allclose(
-        gradient[1:], vectors[f"{name}/grad/{window}"][1:], atol=1e-6, rtol=0
-    )
+    violation, gradient = vectors[f"{name}/cs/{window}"], vectors[f"{name}/grad/{window}"]
+    close = functools.partial(np.testing.assert_allclose, rtol=0)
+    close(constraint.violation(*args)[1:], violation[1:], atol=1e-7)
+    close(constraint.violation_grad(*args)[1:], gradient[1:], atol=1e-6)
 
 
 def forward(params, x):
@@ -52,19 +52,13 @@ def forward(params, x):
 
 @pytest.mark.parametrize("name", ["binary", "two_bit_shift"])
 def test_trajectory(name):
-    """Weights, multipliers, window and losses of 40 epochs, through `cbp_sgd` as a user calls it, in float64."""
+    """Weights, multipliers, window and losses of 40 epochs through `cbp_sgd`, in float64."""
     golden = np.load(TESTDATA / f"trajectory_{name}.npz")
     epochs, steps, patience, learning_rate, multiplier_rate, weight_decay = golden["hp"]
     with jax.enable_x64(True):
-        params = {
-            "stem": jnp.array(golden["init/stem.weight"]),
-            "q1": jnp.array(golden["init/q1.weight"]),
-            "q2": jnp.array(golden["init/q2.weight"]),
-            "head": {
-                "w": jnp.array(golden["init/head.weight"]),
-                "b": jnp.array(golden["init/head.bias"]),
-            },
-        }
+        params = {name: jnp.array(golden[f"init/{name}.weight"]) for name in ("stem", "q1", "q2")}
+        head, bias = jnp.array(golden["init/head.weight"]), jnp.array(golden["init/head.bias"])
+        params["head"] = {"w": head, "b": bias}
         optimizer = cbp_jax.cbp_sgd(
             float(learning_rate),
             name,
@@ -76,9 +70,8 @@ def test_trajectory(name):
         )
         state = optimizer.init(params)
         for layer in ("q1", "q2"):
-            np.testing.assert_allclose(
-                state.cbp.weight_scale[layer], golden[f"init/{layer}.scale"][0], rtol=1e-12
-            )
+            scale = golden[f"init/{layer}.scale"][0]
+            np.testing.assert_allclose(state.cbp.weight_scale[layer], scale, rtol=1e-12)
 
         def loss_fn(params, x, y):
             return optax.softmax_cross_entropy_with_integer_labels(forward(params, x), y).mean()
@@ -89,20 +82,16 @@ def test_trajectory(name):
             updates, state = optimizer.update(grads, state, params, value=loss)
             return optax.apply_updates(params, updates), state, loss
 
+        names = (key for key in golden if key.startswith("traj/"))
+        trajectory = {key.removeprefix("traj/"): golden[key] for key in names}
+        close = functools.partial(np.testing.assert_allclose, atol=1e-10, rtol=1e-10)
         for epoch in range(int(epochs)):
             losses = []
             for x, y in zip(golden["x"], golden["y"], strict=True):
                 params, state, loss = step(params, state, x, y)
                 losses.append(loss)
-            of_epoch = {
-                key.removeprefix("traj/"): golden[key][epoch]
-                for key in golden
-                if key.startswith("traj/")
-            }
             ours = {
-                "stem": params["stem"],
-                "q1": params["q1"],
-                "q2": params["q2"],
+                **{name: params[name] for name in ("stem", "q1", "q2")},
                 "head_w": params["head"]["w"],
                 "head_b": params["head"]["b"],
                 "lam1": state.cbp.multipliers["q1"],
@@ -111,13 +100,7 @@ def test_trajectory(name):
                 "loss": np.array(losses),
                 "lagsum": state.cbp.lagrangian_sum,
             }
-            assert ours.keys() == of_epoch.keys()
+            assert ours.keys() == trajectory.keys()
             for key, value in ours.items():
-                np.testing.assert_allclose(
-                    value,
-                    of_epoch[key],
-                    atol=1e-10,
-                    rtol=1e-10,
-                    err_msg=f"{key} after epoch {epoch}",
-                )
+                close(value, trajectory[key][epoch], err_msg=f"{key} after epoch {epoch}")
         assert cbp_jax.window(state) >= 20  # the learning rate dropped on the way

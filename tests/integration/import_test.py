@@ -1,4 +1,4 @@
-"""What importing costs, and that the public names are documented."""
+"""The cost of importing, and the documentation of public names."""
 
 import inspect
 import json
@@ -9,13 +9,12 @@ import pytest
 
 import cbp_jax
 
-HEAVY = [
-    "flax", "equinox", "orbax", "grain", "tensorflow", "tensorflow_datasets", "ml_collections", "matplotlib", "sklearn", "chex",
-    "onnx", "torch",
-]  # fmt: skip
-FUNCTIONS = [
-    name for name in cbp_jax.__all__ if inspect.isfunction(inspect.unwrap(getattr(cbp_jax, name)))
-]
+HEAVY = {
+    *("flax", "equinox", "orbax", "grain", "tensorflow", "tensorflow_datasets", "ml_collections"),
+    *("matplotlib", "sklearn", "chex", "onnx", "torch"),
+}
+PUBLIC = {name: inspect.unwrap(getattr(cbp_jax, name)) for name in cbp_jax.__all__}
+FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 
 
 SCRIPT = """
@@ -32,36 +31,26 @@ print(json.dumps({"imported": imported, "started": started, "used": sorted(sys.m
 @pytest.fixture(scope="module")
 def fresh():
     """What a new Python has loaded, having imported the library and having used it."""
-    return json.loads(
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True
-        ).stdout
-    )
+    options = {"stdout": subprocess.PIPE, "text": True, "timeout": 120, "check": True}
+    return json.loads(subprocess.run([sys.executable, "-c", SCRIPT], **options).stdout)
 
 
-def test_import_is_light(fresh):
+def test_import_and_use_are_light(fresh):
     assert {"jax", "cbp_jax"} <= set(fresh["imported"])
-    assert [name for name in HEAVY if name in fresh["imported"]] == []
-
-
-def test_use_needs_none_of_them_either(fresh):
-    assert [name for name in HEAVY if name in fresh["used"]] == []
+    assert HEAVY & set(fresh["imported"]) == set()
+    assert HEAVY & set(fresh["used"]) == set()
 
 
 def test_import_starts_no_device(fresh):
-    """Flags and `jax.distributed` must still be possible after it."""
+    """Flags and `jax.distributed` must still be possible."""
     assert not fresh["started"]
 
 
 def test_all_is_complete():
     assert len(cbp_jax.__all__) == len(set(cbp_jax.__all__))
     assert [name for name in cbp_jax.__all__ if not hasattr(cbp_jax, name)] == []
-    public = {
-        name
-        for name, value in vars(cbp_jax).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert public == set(cbp_jax.__all__)
+    names = {name for name, value in vars(cbp_jax).items() if not inspect.ismodule(value)}
+    assert {name for name in names if not name.startswith("_")} == set(cbp_jax.__all__)
 
 
 @pytest.mark.parametrize("name", cbp_jax.__all__)
@@ -70,18 +59,17 @@ def test_docstring(name):
     assert doc
     summary, *rest = doc.splitlines()
     assert summary[0].isupper() or summary[0] == "`"
-    assert not any(rest[:1])  # one line of summary, then an empty one
-    # named tuples get a docstring from Python: theirs must be written
+    assert not any(rest[:1])  # a summary of one line, then an empty one
+    # Not the docstring that Python gives to a named tuple.
     assert not doc.startswith(f"{name}(")
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, "Constraint"])
 def test_docstring_of_a_function(name):
-    function = inspect.unwrap(getattr(cbp_jax, name))
-    doc = inspect.getdoc(function)
+    doc = inspect.getdoc(PUBLIC[name])
     assert "Example:\n" in doc
     assert ">>> " in doc
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(PUBLIC[name]).parameters
     assert ("Args:\n" in doc) == bool(parameters)
     for parameter in parameters:
         assert f"  {parameter}: " in doc, f"{parameter} is not described"

@@ -1,4 +1,4 @@
-"""On eight virtual devices (conftest.py): the numbers of one, and a state sharded like the weights."""
+"""Eight virtual devices (conftest.py) give the numbers of one, and shard states like weights."""
 
 import functools
 
@@ -28,7 +28,7 @@ def make_mesh(axis_type):
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):
-    """Layouts that the compiler chooses, and JAX's newer default, where each operation fixes its own."""
+    """Shardings that the compiler chooses, and JAX's newer default of explicit ones."""
     return make_mesh(request.param)
 
 

@@ -18,7 +18,7 @@ def quantize(levels, scale, w):
 
 
 def gap_and_threshold(levels, scale, w, window):
-    """The gap between the levels around each weight, and the violation above which it counts as 0."""
+    """The gap between the levels around each weight, and the largest violation that counts."""
     levels = np.asarray(levels)
     targets = np.multiply.outer(np.broadcast_to(scale, np.shape(w)), levels)
     below = np.clip(np.sum(np.asarray(w)[..., None] >= targets, axis=-1) - 1, 0, len(levels) - 2)
@@ -67,8 +67,8 @@ class Descent:
 class Schedule:
     """The design's state machine over steps.
 
-    `levels` and `scales` hold an entry for each constrained weight of the dictionary of parameters;
-    the sums are None where an epoch is not comparable.
+    `levels` and `scales` have an entry for each constrained weight in the dictionary of parameters.
+    The sums are None where an epoch cannot be compared.
     """
 
     def __init__(
@@ -116,9 +116,8 @@ class Schedule:
             return
         self.patience_used += 1
         comparable = self.lagrangian_sum is not None and self.previous_sum is not None
-        if (
-            comparable and self.lagrangian_sum >= self.previous_sum
-        ) or self.patience_used == self.patience:
+        stalled = comparable and self.lagrangian_sum >= self.previous_sum
+        if stalled or self.patience_used == self.patience:
             self.window = self.growth(self.window)
             self._update_multipliers(params)
             self.previous_sum, self.patience_used = math.inf, 0
@@ -127,9 +126,8 @@ class Schedule:
         self.lagrangian_sum = 0.0
 
     def _update_multipliers(self, params):
-        self.ascent.step(
-            self.multipliers, {key: -v for key, v in self._each(violation, params).items()}
-        )
+        descent = {key: -v for key, v in self._each(violation, params).items()}
+        self.ascent.step(self.multipliers, descent)
         self.updates_of_multipliers += 1
 
     def _add_to_sum(self, value, params):
@@ -137,9 +135,9 @@ class Schedule:
             self.skipped += 1
             self.lagrangian_sum = None
         elif self.lagrangian_sum is not None:
-            violations = self._each(violation, params)
+            violations = self._each(violation, params).items()
             self.lagrangian_sum += value + sum(
-                np.sum(self.multipliers[key] * v) for key, v in violations.items()
+                np.sum(self.multipliers[k] * v) for k, v in violations
             )
 
     def _each(self, function, params):
