@@ -9,7 +9,6 @@ import ml_collections
 import numpy as np
 
 from common.input.batch import PADDING, HostBatch, Loader, Preprocess, eval_batch_size
-from common.input.batch import UNREADABLE as UNREADABLE  # for training/run.py
 from common.input.sources import open_tfds
 
 
@@ -88,8 +87,10 @@ def in_memory_loader(
             yield {"image": dataset.train_images[mine], "label": dataset.train_labels[mine]}
 
     def evaluate(limit: int | None) -> Iterator[HostBatch]:
-        every = max(len(dataset.test_labels) // limit, 1) if limit else 1
-        images, labels = dataset.test_images[::every], dataset.test_labels[::every]
+        images, labels = dataset.test_images, dataset.test_labels
+        if limit and limit < len(labels):
+            index = np.arange(limit) * len(labels) // limit
+            images, labels = images[index], labels[index]
         for batch in padded_batches(images, labels, eval_batch_size(config)):
             yield {name: array[host::hosts] for name, array in batch.items()}
 
