@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """Folders of 40 training and 16 validation photos in four classes; one of each is damaged."""
+    """Folders of 40 training and 16 validation photos, four classes; one in each is unreadable."""
     import numpy as np
     from PIL import Image
 

@@ -41,9 +41,11 @@ class Chain(nnx.Module):
         def dense():
             return nnx.Linear(WIDTH, WIDTH, use_bias=bias, bias_init=init, rngs=rngs)
 
+        def batch_norm():
+            return nnx.BatchNorm(WIDTH, bias_init=init, rngs=rngs) if norm else None
+
         self.layers = nnx.List([dense() for _ in range(LAYERS)])
-        norms = [nnx.BatchNorm(WIDTH, bias_init=init, rngs=rngs) if norm else None] * LAYERS
-        self.norms = nnx.List(norms)
+        self.norms = nnx.List([batch_norm() for _ in range(LAYERS)])
         self.activation = activation
 
     def __call__(self, x):
