@@ -19,14 +19,7 @@ from ml_collections import config_dict
 
 import cbp_jax
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "The folder of a run.")
-_WEIGHTS = flags.DEFINE_enum("weights", "quantized", ("quantized", "latent"), "Which to evaluate.")
-_NETWORK = flags.DEFINE_string("network", "", "The network of a PyTorch file: resnet50, ...")
-_PRETRAINED = flags.DEFINE_string("pretrained", "", "A .pth or .safetensors file.")
-_DATA = flags.DEFINE_string("data", "", "tfds, folder, cifar10, ... instead of the run's.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "The folder of the data.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images at a time.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
+FLAGS = flags.FLAGS
 
 
 def evaluate_run(run: Run, latent: bool = False) -> dict[str, float]:
@@ -76,23 +69,23 @@ def evaluate_file(fields: dict[str, object], limit: int | None = None) -> dict[s
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
-    file = bool(_PRETRAINED.value)
-    if len(argv) > 1 or bool(_WORKDIR.value) == file or file != bool(_NETWORK.value):
+    file = bool(FLAGS.pretrained)
+    if len(argv) > 1 or bool(FLAGS.workdir) == file or file != bool(FLAGS.network):
         raise app.UsageError("give --workdir=RUN, or --network=NAME and --pretrained=FILE")
     changes = {
-        "data": _DATA.value,
-        "data_dir": _DATA_DIR.value,
-        "eval_batch_size": _BATCH_SIZE.value,
+        "data": FLAGS.data,
+        "data_dir": FLAGS.data_dir,
+        "eval_batch_size": FLAGS.batch_size,
     }
     changes = {name: value for name, value in changes.items() if value}
-    limit = _LIMIT.value or None
+    limit = FLAGS.limit or None
     try:
         if file:
-            weights = {"network": _NETWORK.value, "pretrained": _PRETRAINED.value}
+            weights = {"network": FLAGS.network, "pretrained": FLAGS.pretrained}
             scores = evaluate_file({**weights, **changes}, limit)
         else:
-            run = restore(Path(_WORKDIR.value), changes, limit)
-            scores = evaluate_run(run, _WEIGHTS.value == "latent")
+            run = restore(Path(FLAGS.workdir), changes, limit)
+            scores = evaluate_run(run, FLAGS.weights == "latent")
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
     images = scores["images"]
@@ -105,4 +98,12 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "", "The folder of a run.")
+    flags.DEFINE_enum("weights", "quantized", ("quantized", "latent"), "Which to evaluate.")
+    flags.DEFINE_string("network", "", "The network of a PyTorch file: resnet50, ...")
+    flags.DEFINE_string("pretrained", "", "A .pth or .safetensors file.")
+    flags.DEFINE_string("data", "", "tfds, folder, cifar10, ... instead of the run's.")
+    flags.DEFINE_string("data_dir", "", "The folder of the data.")
+    flags.DEFINE_integer("batch_size", 0, "Images at a time.")
+    flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
     app.run(main)

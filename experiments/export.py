@@ -22,17 +22,13 @@ from flax import nnx
 
 import cbp_jax
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a constrained run.", required=True)
-_FORMAT = flags.DEFINE_enum("format", "packed", ("packed", "onnx"), "What to write.")
-_OUTPUT = flags.DEFINE_string("output", "", "By default weights.safetensors or model.onnx there.")
-_WEIGHT_TYPE = flags.DEFINE_enum(
-    "weight_type", "int4", ("int4", "int2", "float"), "Of the constrained weights in ONNX."
-)
-_ROUND = flags.DEFINE_bool("round", False, "Snap remaining weights to the nearest level.")
-_DATA = flags.DEFINE_string("data", "", "tfds, folder, cifar10, ... instead of the run's.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "The folder of the data.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images at a time.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
+FLAGS = flags.FLAGS
+
+
+def check_constrained(run: Run, workdir: Path) -> None:
+    """Raises ValueError for a run in full precision."""
+    if run.config.phase == "pretrain":
+        raise ValueError(f"{workdir} is a run of phase 'pretrain', without a constraint")
 
 
 def export_packed(run: Run, path: Path, round: bool) -> dict[str, float]:
@@ -59,22 +55,21 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    workdir, onnx = Path(_WORKDIR.value), _FORMAT.value == "onnx"
-    path = Path(_OUTPUT.value or workdir / (deploy.ONNX_FILE if onnx else deploy.PACKED_FILE))
+    workdir, onnx = Path(FLAGS.workdir), FLAGS.format == "onnx"
+    path = Path(FLAGS.output or workdir / (deploy.ONNX_FILE if onnx else deploy.PACKED_FILE))
     changes = {
-        "data": _DATA.value,
-        "data_dir": _DATA_DIR.value,
-        "eval_batch_size": _BATCH_SIZE.value,
+        "data": FLAGS.data,
+        "data_dir": FLAGS.data_dir,
+        "eval_batch_size": FLAGS.batch_size,
         "dtype": "float32" if onnx else "",  # ONNX Runtime does not convolve bfloat16 on a CPU
     }
     try:
-        run = restore(workdir, changes, _LIMIT.value or None)
-        if run.config.phase == "pretrain":
-            raise ValueError(f"{workdir} is a run of phase 'pretrain', without a constraint")
+        run = restore(workdir, changes, FLAGS.limit or None)
+        check_constrained(run, workdir)
         if onnx:
-            scores = export_onnx(run, path, _WEIGHT_TYPE.value)
+            scores = export_onnx(run, path, FLAGS.weight_type)
         else:
-            scores = export_packed(run, path, _ROUND.value)
+            scores = export_packed(run, path, FLAGS.round)
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}".replace("give round=True", "give --round"))
     size, float32 = path.stat().st_size, float32_bytes((run.state.params, run.state.batch_stats))
@@ -85,4 +80,15 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The folder of a constrained run.", required=True)
+    flags.DEFINE_enum("format", "packed", ("packed", "onnx"), "What to write.")
+    flags.DEFINE_string("output", "", "By default weights.safetensors or model.onnx there.")
+    flags.DEFINE_enum(
+        "weight_type", "int4", ("int4", "int2", "float"), "Of the constrained weights in ONNX."
+    )
+    flags.DEFINE_bool("round", False, "Snap remaining weights to the nearest level.")
+    flags.DEFINE_string("data", "", "tfds, folder, cifar10, ... instead of the run's.")
+    flags.DEFINE_string("data_dir", "", "The folder of the data.")
+    flags.DEFINE_integer("batch_size", 0, "Images at a time.")
+    flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
     app.run(main)

@@ -48,7 +48,9 @@ def test_of_several_hosts_one_writes(tmp_path):
 
 def test_weights_are_kept_midway_where_half_of_the_constraint_is_met(tmp_path):
     """With multipliers that soon grow: the first epoch with half of the first CFS."""
-    train_and_evaluate(digits_config(epochs=25, multiplier_learning_rate=0.05), tmp_path)
+    train_and_evaluate(
+        digits_config(epochs=12, multiplier_learning_rate=0.1, checkpoint_steps=0), tmp_path
+    )
     rows = read_metrics(tmp_path)
     half = next(row for row in rows if row["cfs_relative"] <= rows[0]["cfs_relative"] / 2)
     assert half != rows[-1]

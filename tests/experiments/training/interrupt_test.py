@@ -23,9 +23,10 @@ def start_in_group(arguments, environment):
 
 
 def test_a_run_saves_and_resumes(photos, environment, tmp_path):
-    process = start_in_group(command(photos, tmp_path, workers=1, epochs=40), environment)
+    changes = {"workers": 1, "preflight": False}
+    process = start_in_group(command(photos, tmp_path, epochs=40, **changes), environment)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "checkpoints" / "6").exists():
+    while not (tmp_path / "checkpoints" / "2").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -37,7 +38,7 @@ def test_a_run_saves_and_resumes(photos, environment, tmp_path):
     step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert f"stopped at step {step} of {40 * STEPS_PER_EPOCH}" in printed
     epochs = step // STEPS_PER_EPOCH + 1
-    printed, _ = finish(start(photos, tmp_path, environment, workers=1, epochs=epochs))
+    printed, _ = finish(start(photos, tmp_path, environment, epochs=epochs, **changes))
     assert f"step {step} of {epochs * STEPS_PER_EPOCH}" in printed
 
 

@@ -22,6 +22,7 @@ import imagenet_resnet18
 import imagenet_resnet50
 from common import models
 from common.input import augment
+from common.models.resnet import BasicBlock, ResNet
 from common.training import mesh, optimizers
 from common.training.settle import settle
 from common.training.step import init_state, latent, make_train_step
@@ -36,8 +37,11 @@ MODULES = {
 }
 
 
+SMALL = {"depths": (1, 1), "width": 16, "small_images": True, "projections": False}
+
+
 def small_run(fsdp, steps=4):
-    """Trains ResNet-8 on noise for a few steps, in this process and any others.
+    """Trains a small residual network on noise for a few steps, in this process and any others.
 
     In float64 (but for the last layer), where rounding differences flip no weight near zero.
 
@@ -52,7 +56,7 @@ def _small_run(fsdp, steps):
     config = cifar10_resnet20.get_config()
     config.patience = 1
     on = mesh.make_mesh(fsdp)
-    model = models.create("resnet20", 10, depth=1, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    model = ResNet(10, block=BasicBlock, **SMALL, dtype=jnp.float64, rngs=nnx.Rngs(0))
     graphdef, *trees = models.split_model(model)
     params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), trees)
     optimizer = optimizers.post_training(config, 2, model.constrained)
@@ -133,7 +137,7 @@ def run_processes(folder, processes, devices):
 
 @pytest.fixture
 def everything_sharded(monkeypatch):
-    """Shards ResNet-8's kernels, which are too small otherwise."""
+    """Shards the small network's kernels, which are too small otherwise."""
     monkeypatch.setattr(mesh, "_MIN_SHARDED", 1)
 
 
