@@ -48,9 +48,8 @@ def test_of_several_hosts_one_writes(tmp_path):
 
 def test_weights_are_kept_midway_where_half_of_the_constraint_is_met(tmp_path):
     """With multipliers that soon grow: the first epoch with half of the first CFS."""
-    train_and_evaluate(
-        digits_config(epochs=12, multiplier_learning_rate=0.1, checkpoint_steps=0), tmp_path
-    )
+    config = digits_config(epochs=14, multiplier_learning_rate=0.05, checkpoint_steps=0)
+    train_and_evaluate(config, tmp_path)
     rows = read_metrics(tmp_path)
     half = next(row for row in rows if row["cfs_relative"] <= rows[0]["cfs_relative"] / 2)
     assert half != rows[-1]
