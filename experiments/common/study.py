@@ -1,13 +1,14 @@
 """A study: one network, pre-trained once, then post-trained in several ways from the same weights.
 
 Every run is an ordinary one in a folder of its own. A study that was stopped resumes: finished runs
-are not repeated, the interrupted one goes on from its newest checkpoint.
+are not repeated, and the interrupted one starts from its newest checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 import cbp_jax
@@ -19,6 +20,11 @@ from common.training.run import log, train_and_evaluate
 from common.training.settle import differences, saved_config, settle
 
 PRETRAIN = "pretrain"
+# Where a run found its weights, data and hosts: nothing that a finished run depends on.
+_PLACES = (
+    "pretrained", "data_dir", "workers", "preflight", "distributed", "coordinator",
+    "num_processes", "process_id",
+)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -72,8 +78,9 @@ def run(
         for entry in runs
     ]
     table = results_table(summaries)
-    (workdir / "table.md").write_text(table + "\n")
-    _draw(workdir, runs, summaries)
+    if jax.process_index() == 0:
+        (workdir / "table.md").write_text(table + "\n")
+        _draw(workdir, runs, summaries)
     log(f"\n{table}\n\nwritten to {workdir}")
     return summaries
 
@@ -85,8 +92,9 @@ def _finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Sum
     if not (folder / "summary.json").exists():
         return train_and_evaluate(config, folder)
     saved = saved_config(folder)
-    if changed := differences(saved, settle(config, saved)):
-        shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+    changed = differences(saved, settle(config, saved))
+    shown = ", ".join(f"{name} {change}" for name, change in changed.items() if name not in _PLACES)
+    if shown:
         raise ConfigError(
             f"{folder} holds a finished run of another config (saved -> asked): {shown}; give "
             "another --workdir, or remove the folder"

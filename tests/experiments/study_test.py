@@ -68,12 +68,9 @@ def test_the_entries_of_a_config():
 
 
 def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
+    """Not even after the folder has moved, but they are not mistaken for others."""
     workdir = shutil.copytree(finished[0], tmp_path / "study")
     times = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.json*")}
-    # The config of a run names the folder of the pre-trained weights.
-    for file in workdir.glob("*/config.json"):
-        file.write_text(file.read_text().replace(str(finished[0]), str(workdir)))
-        times[file] = file.stat().st_mtime_ns
     (workdir / "table.md").unlink()
     assert study.run(digits_study(), workdir) == finished[1]
     assert "ternary_ste: finished before" in capsys.readouterr().out

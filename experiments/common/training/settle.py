@@ -33,7 +33,7 @@ def settle(
       The config to run, frozen.
 
     Raises:
-      ConfigError: if a field makes no sense, or a field without a value.
+      ConfigError: if a field makes no sense, or has no value.
       FileNotFoundError: if weights are to be post-trained and none are named.
     """
     settled = ml_collections.ConfigDict(config.to_dict())
