@@ -1,7 +1,6 @@
 """The batches: their images, sharing among hosts, resumption, bad files and workers."""
 
 import contextlib
-import io
 import itertools
 import os
 import pathlib
@@ -14,46 +13,11 @@ import jax
 import numpy as np
 import pytest
 from common.input import pipeline
-from common.input.sources import Example, FolderSource, TfdsSource
-from PIL import Image
+from common.input.sources import FolderSource, TfdsSource
+from greys import Greys, Million, jpeg
 
 SIZE = 16
 EXPERIMENTS = pathlib.Path(pipeline.__file__).parents[2]
-
-
-def jpeg(colour, shape=(24, 32)):
-    file = io.BytesIO()
-    Image.fromarray(np.broadcast_to(np.uint8(colour), (*shape, 3))).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-class Greys:
-    """Image i is a grey of i with label i modulo the number of classes; some files may be bad."""
-
-    num_classes = 5
-
-    def __init__(self, count, damaged=(), unreadable=(), labels=None):
-        self.count, self.damaged, self.unreadable, self.labels = count, damaged, unreadable, labels
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        name = f"grey {index}"
-        if index in self.unreadable:
-            raise OSError(f"{name}: no such file")
-        label = index % self.num_classes if self.labels is None else self.labels[index]
-        return Example(b"damaged" if index in self.damaged else jpeg(index), label, name)
-
-
-class Million(Greys):
-    """As many records as ImageNet."""
-
-    def __init__(self):
-        super().__init__(1_281_167)
-
-    def __getitem__(self, index):
-        return Example(jpeg(index % 256), index % 5, f"record {index}")
 
 
 def train(source, *, batch_size=4, seed=0, start=0, num_workers=0, host=0, hosts=1, num_classes=5):
