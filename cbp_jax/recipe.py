@@ -10,9 +10,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import PyTree, is_floating, resolve_mask
+from cbp_jax.rules import ConstraintSpec, MaskSpec
 from cbp_jax.scales import ScaleFn
 from cbp_jax.state import CBPState, float_dtype
-from cbp_jax.transform import ConstraintSpec, GrowthFn, MaskSpec, cbp
+from cbp_jax.transform import GrowthFn, cbp
 
 
 class CBPSGDState(NamedTuple):

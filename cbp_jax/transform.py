@@ -1,9 +1,8 @@
 """CBP as a link of an optax chain."""
 
 import math
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,28 +11,20 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from cbp_jax.constraints import Constraint
 from cbp_jax.lagrangian import constraint_sum
-from cbp_jax.level_sets import get_constraint
 from cbp_jax.masking import (
     Path,
     PyTree,
     as_path,
-    check_patterns,
-    compile_patterns,
     flatten_with_paths,
-    is_floating,
     is_variable,
     path_string,
-    resolve_mask,
 )
+from cbp_jax.rules import ConstraintSpec, MaskSpec, assign_constraints, compile_rules
 from cbp_jax.scales import ScaleFn, measure_scale, warn_if_quantized
 from cbp_jax.state import CBPState, ConstrainedLeaf, float_dtype, pair_with_state, state_paths
 
-ConstraintSpec = str | Constraint | Mapping[str, str | Constraint | None]
 GrowthFn = Callable[[jax.Array], ArrayLike]
-MaskSpec = PyTree | Callable[[PyTree], PyTree] | None
-Rules = list[tuple[re.Pattern[str], Constraint | None]]
 
 
 def cbp(
@@ -120,7 +111,7 @@ def cbp(
 
     Reference: Kim and Jeong (2021), algorithm 1.
     """
-    rules = _compile_rules(constraint)
+    rules = compile_rules(constraint)
     steps_per_epoch = _check_count("steps_per_epoch", steps_per_epoch)
     patience = _check_count("patience", patience)
     if isinstance(initial_window, int | float | np.number) and not initial_window >= 1:
@@ -137,7 +128,7 @@ def cbp(
         """Constraints, multipliers and scales."""
         if type(params).__name__ == "_ParamsPlaceholder":
             return 0, params, 0  # optax's tree_map_params asks where copies of the parameters are
-        chosen = _assign_constraints(rules, mask, params)
+        chosen = assign_constraints(rules, mask, params)
 
         def build(leaf_fn: Callable[[Path, PyTree], Any]) -> PyTree:
             def build_leaf(keys: Any, node: PyTree) -> Any:
@@ -341,49 +332,6 @@ def _check_count(name: str, number: Any) -> Any:
             f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})"
         )
     return min(int(number), 2**31 - 1)
-
-
-def _compile_rules(constraint: ConstraintSpec) -> Rules:
-    if not isinstance(constraint, Mapping):
-        constraint = {r"[\s\S]*": constraint}
-    if not constraint:
-        raise ValueError(
-            "the mapping of patterns to constraints is empty: "
-            "give at least one pattern, or a single constraint"
-        )
-    resolved = [None if rule is None else get_constraint(rule) for rule in constraint.values()]
-    return list(zip(compile_patterns(constraint), resolved, strict=True))
-
-
-def _assign_constraints(rules: Rules, mask: MaskSpec, params: PyTree) -> dict[Path, Constraint]:
-    """Returns the constraint of each constrained leaf: that of the first rule that matches it."""
-    leaves = flatten_with_paths(params)
-    flags = resolve_mask(mask, params)
-    candidates = {path: leaf for (path, leaf), flag in zip(leaves, flags, strict=True) if flag}
-    if candidates:
-        names = [path_string(path) for path in candidates]
-        check_patterns([pattern for pattern, _ in rules], names)
-    elif leaves and mask is None:
-        warnings.warn(
-            "cbp constrains nothing: no parameter is floating with at least two axes, except those "
-            "named as biases, scales, norm parameters, embeddings or positions; name leaves with "
-            "mask=cbp_jax.select(include=...)",
-            stacklevel=4,
-        )
-    chosen = {}
-    for path, leaf in candidates.items():
-        name = path_string(path)
-        rule = next((rule for pattern, rule in rules if pattern.fullmatch(name)), None)
-        if rule is None:
-            continue
-        if not is_floating(leaf):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(
-                f"{name!r} cannot be constrained: it is {kind}, and only floating-point arrays can "
-                "be; leave it out of the mask"
-            )
-        chosen[path] = rule
-    return chosen
 
 
 def _zeros_sharded_like(w: jax.Array, dtype: DTypeLike) -> jax.Array:
