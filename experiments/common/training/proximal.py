@@ -72,7 +72,8 @@ def binary_relax(
 
 def rise(step: ArrayLike, start: ArrayLike, end: ArrayLike) -> jax.Array:
     """Returns the share of the way from `start` to `end`: 0 before, 1 after."""
-    return jnp.clip((jnp.asarray(step) - start) / (end - start), 0.0, 1.0)
+    share = (jnp.asarray(step) - start) / (jnp.asarray(end) - start)
+    return jnp.clip(share, 0.0, 1.0)
 
 
 def mirrored_sigmoid(
@@ -102,9 +103,10 @@ def mirrored_sigmoid(
 
     Reference: Jin et al. (2025), section 5.
     """
+    step, start, end = (jnp.asarray(number) for number in (step, start, end))
     x = rise(step, start, end)
     # Not 1 - x, which rounds.
-    left = jnp.clip((end - jnp.asarray(step)) / (end - start), 0.0, 1.0)
+    left = jnp.clip((end - step) / (end - start), 0.0, 1.0)
     half = jnp.asarray(steepness, float) / 2
     fall = jnp.sinh(half * left) / jnp.sinh(half)
     return fall * (jnp.cosh(half * center) / jnp.cosh(half * (x - center)))
