@@ -24,7 +24,8 @@ from cbp_jax.metrics import (
     relative_weights,
 )
 from cbp_jax.recipe import cbp_sgd, keep_params_in_box
-from cbp_jax.state import CBPState, quantize, refit_scales, window
+from cbp_jax.state import CBPState, STEState, quantize, refit_scales, window
+from cbp_jax.straight_through import ste
 from cbp_jax.transform import cbp
 
 __version__ = "0.1.0"
@@ -40,12 +41,14 @@ __all__ = [  # noqa: RUF022
     "ternary",
     "two_bit_shift",
     "uniform",
-    # The link, and the paper's recipe around it
+    # The link, the paper's recipe around it, and the straight-through estimator alone
     "cbp",
     "cbp_sgd",
     "keep_params_in_box",
+    "ste",
     # Forward weights, and the optimizer state they depend on
     "CBPState",
+    "STEState",
     "check_description",
     "describe",
     "quantize",

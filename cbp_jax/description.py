@@ -8,7 +8,7 @@ import optax
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import path_string
-from cbp_jax.state import find_states, state_paths
+from cbp_jax.state import CBPState, find_states, state_paths
 
 _FORMAT = 1
 _MOST_SHOWN = 10  # differences in an error
@@ -23,11 +23,12 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
     into.
 
     Args:
-      opt_state: any optimizer state with one or more `CBPState`s in it, or its `jax.eval_shape`.
+      opt_state: any optimizer state with one or more links' states in it, or its `jax.eval_shape`.
 
     Returns:
-      A dictionary that `json.dumps` accepts: for the path of each constrained leaf its shape, the
-      name and levels of its constraint, and the shape of its scale, which shows the kept axes.
+      A dictionary that `json.dumps` accepts: for the path of each constrained leaf the name and
+      levels of its constraint, the shape of its scale, which shows the kept axes, and its own shape
+      (not under `ste`, whose state holds nothing of that shape).
 
     Raises:
       ValueError: if the state holds no `CBPState`.
@@ -36,23 +37,24 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
       >>> import jax.numpy as jnp, cbp_jax
       >>> state = cbp_jax.cbp("binary").init({"kernel": jnp.array([[0.5, -0.1]])})
       >>> cbp_jax.describe(state)["leaves"]["kernel"]
-      {'shape': [1, 2], 'constraint': 'binary', 'levels': [-1.0, 1.0], 'scale_shape': []}
+      {'constraint': 'binary', 'levels': [-1.0, 1.0], 'scale_shape': [], 'shape': [1, 2]}
     """
     leaves: dict[str, Any] = {}
     for state in find_states(opt_state):
         constrained = [
             (path, rule) for path, rule in state_paths(state) if isinstance(rule, Constraint)
         ]
-        arrays = zip(
-            jax.tree.leaves(state.multipliers), jax.tree.leaves(state.weight_scale), strict=True
-        )
-        for (path, constraint), (multiplier, scale) in zip(constrained, arrays, strict=True):
+        scales = jax.tree.leaves(state.weight_scale)
+        for (path, constraint), scale in zip(constrained, scales, strict=True):
             leaves[path_string(path)] = {
-                "shape": list(multiplier.shape),
                 "constraint": constraint.name,
                 "levels": list(constraint.levels),
                 "scale_shape": list(scale.shape),
             }
+        if isinstance(state, CBPState):
+            multipliers = jax.tree.leaves(state.multipliers)
+            for (path, _), multiplier in zip(constrained, multipliers, strict=True):
+                leaves[path_string(path)]["shape"] = list(multiplier.shape)
     return {"format": _FORMAT, "leaves": leaves}
 
 

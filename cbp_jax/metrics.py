@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.masking import PyTree, path_string
-from cbp_jax.state import ConstrainedLeaf, constrained_leaves, find_states, float_dtype, window
+from cbp_jax.state import CBPState, ConstrainedLeaf, constrained_leaves, find_states, float_dtype
 
 # A weight counts as on its level when it is within this share of the scale.
 ON_LEVEL = 0.01
@@ -24,7 +24,7 @@ def constraint_failure_score(
 
     Args:
       params: the latent weights.
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
       relative: whether to measure in units of the scale, which makes layers and networks
         comparable; weights of scale 0 count as satisfied.
 
@@ -68,8 +68,8 @@ class LayerReport:
     bad_scales: jax.Array  # scales that are 0 or not finite, whose weights are not constrained
     violation: jax.Array  # mean violation in units of the scale, whatever the window
     on_level: jax.Array  # share of weights within 1% of the scale of a level, as `pack` requires
-    multiplier_mean: jax.Array
-    multiplier_max: jax.Array
+    multiplier_mean: jax.Array | None  # None under `ste`
+    multiplier_max: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -77,14 +77,15 @@ class LayerReport:
 class Report:
     """One `LayerReport` per constrained leaf, and the state of the schedule; prints as a table.
 
-    The arrays have shape (). With several links, each figure is that of the link furthest behind.
+    The arrays have shape (). With several links, each figure is that of the link furthest behind;
+    if all are `ste`, there are none.
     """
 
     layers: tuple[LayerReport, ...]
-    window: jax.Array  # float: the smallest
-    multiplier_updates: jax.Array  # int32: the fewest
-    steps: jax.Array  # int32
-    skipped_values: jax.Array  # int32: steps without a finite value
+    window: jax.Array | None  # float: the smallest
+    multiplier_updates: jax.Array | None  # int32: the fewest
+    steps: jax.Array | None  # int32
+    skipped_values: jax.Array | None  # int32: steps without a finite value
 
     def __str__(self) -> str:
         header = (
@@ -98,13 +99,23 @@ class Report:
             "max",
         )
         lines = aligned([header, *map(_table_row, self.layers)])
-        steps, updates = int(self.steps), int(self.multiplier_updates)
-        skipped = int(self.skipped_values)
-        plural = "" if updates == 1 else "s"
-        lines.append(
-            f"window {float(self.window):.4g}, "
-            f"{updates:,} multiplier update{plural} in {steps:,} steps"
+        if self.window is not None:
+            lines += self._schedule()
+        flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
+        if flagged:
+            lines.append(f"scale 0 or not finite, so not constrained: {', '.join(flagged)}")
+        return "\n".join(lines)
+
+    def _schedule(self) -> list[str]:
+        steps, updates, skipped = (
+            int(number)  # type: ignore[arg-type]
+            for number in (self.steps, self.multiplier_updates, self.skipped_values)
         )
+        plural = "" if updates == 1 else "s"
+        lines = [
+            f"window {float(self.window):.4g}, "  # type: ignore[arg-type]
+            f"{updates:,} multiplier update{plural} in {steps:,} steps"
+        ]
         if steps and updates <= 1:
             lines.append(
                 "only the first update so far: "
@@ -115,10 +126,7 @@ class Report:
                 f"{skipped:,} of {steps:,} steps had no finite value: "
                 "call optimizer.update(grads, state, params, value=loss)"
             )
-        flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
-        if flagged:
-            lines.append(f"scale 0 or not finite, so not constrained: {', '.join(flagged)}")
-        return "\n".join(lines)
+        return lines
 
 
 def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
@@ -126,7 +134,7 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
 
     Args:
       params: the latent weights.
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
 
     Returns:
       A `Report`, a pytree that jitted functions may return; `print` shows it as a table. Violations
@@ -145,14 +153,14 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
       kernel  binary            3    0.5     0.6667          33.33%                0    0
       window 1, 0 multiplier updates in 0 steps
     """
-    states = find_states(opt_state)
+    states = [state for state in find_states(opt_state) if isinstance(state, CBPState)]
 
-    def furthest_behind(name: str, pick: Callable[..., jax.Array]) -> jax.Array:
-        return pick(jnp.stack([getattr(state, name) for state in states]))
+    def furthest_behind(name: str, pick: Callable[..., jax.Array]) -> jax.Array | None:
+        return pick(jnp.stack([getattr(state, name) for state in states])) if states else None
 
     return Report(
         tuple(map(_report_leaf, constrained_leaves(params, opt_state))),
-        window=window(opt_state),
+        window=furthest_behind("window", jnp.min),
         multiplier_updates=furthest_behind("multiplier_updates", jnp.min),
         steps=furthest_behind("count", jnp.max),
         skipped_values=furthest_behind("skipped_values", jnp.max),
@@ -176,8 +184,10 @@ def _report_leaf(leaf: ConstrainedLeaf) -> LayerReport:
         bad_scales=jnp.sum(~((scale > 0) & jnp.isfinite(scale))) * bool(size),
         violation=mean(violation),
         on_level=mean(violation <= 2 * ON_LEVEL),
-        multiplier_mean=mean(multiplier),
-        multiplier_max=jnp.max(multiplier, initial=-jnp.inf if size else 0).astype(float_dtype()),
+        multiplier_mean=None if multiplier is None else mean(multiplier),
+        multiplier_max=None
+        if multiplier is None
+        else jnp.max(multiplier, initial=-jnp.inf if size else 0).astype(float_dtype()),
     )
 
 
@@ -186,7 +196,7 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
 
     Args:
       params: the latent weights.
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
 
     Returns:
       For the path of each constrained leaf an int32 array with one count per level of its
@@ -220,7 +230,7 @@ def relative_weights(params: PyTree, opt_state: optax.OptState) -> dict[str, jax
 
     Args:
       params: the latent weights.
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
 
     Returns:
       For the path of each constrained leaf an array of its shape, of dtype
@@ -259,8 +269,8 @@ def _table_row(layer: LayerReport) -> tuple[str, ...]:
         f"{float(layer.scale):.4g}",
         f"{float(layer.violation):.4g}",
         f"{float(layer.on_level):.2%}",
-        f"{float(layer.multiplier_mean):.3g}",
-        f"{float(layer.multiplier_max):.3g}",
+        "" if layer.multiplier_mean is None else f"{float(layer.multiplier_mean):.3g}",
+        "" if layer.multiplier_max is None else f"{float(layer.multiplier_max):.3g}",
     )
 
 

@@ -12,7 +12,7 @@ from cbp_jax.constraints import Constraint
 from cbp_jax.masking import PyTree, is_floating, resolve_mask
 from cbp_jax.rules import ConstraintSpec, MaskSpec
 from cbp_jax.scales import ScaleFn
-from cbp_jax.state import CBPState, float_dtype
+from cbp_jax.state import CBPState, float_dtype, is_rule
 from cbp_jax.transform import GrowthFn, cbp
 
 
@@ -153,7 +153,7 @@ def cbp_sgd(
             constrained = jax.tree.map(
                 lambda node: isinstance(node, Constraint),
                 cbp_state.constraints,
-                is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode),
+                is_leaf=is_rule,
             )
             updates, _ = keep_params_in_box(-weight_bound, weight_bound, constrained).update(
                 updates, optax.EmptyState(), params

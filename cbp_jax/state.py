@@ -1,6 +1,6 @@
-"""CBP's optimizer state and its readers: the forward weights, the window, the scales.
+"""The links' states and their readers: the forward weights, the window, the scales.
 
-The functions here accept any optimizer state and find the `CBPState`s in it. They pair the leaves
+The functions here accept any optimizer state and find the links' states in it. They pair the leaves
 of a state with parameters by path, so that a Flax NNX state, its pure form and the `opt_state` of
 an `nnx.Optimizer` all fit each other.
 """
@@ -51,6 +51,16 @@ class CBPState(NamedTuple):
     multiplier_updates: jax.Array
 
 
+class STEState(NamedTuple):
+    """State of the `ste` link: what `quantize` needs; trees as in `CBPState`."""
+
+    constraints: PyTree
+    weight_scale: PyTree
+
+
+State = CBPState | STEState
+
+
 class ConstrainedLeaf(NamedTuple):
     """A constrained parameter with its part of the state."""
 
@@ -58,7 +68,7 @@ class ConstrainedLeaf(NamedTuple):
     weight: jax.Array
     constraint: Constraint
     scale: jax.Array
-    multiplier: jax.Array
+    multiplier: jax.Array | None  # None under `ste`
 
 
 def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
@@ -73,7 +83,7 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
         Flax NNX module the result is a module that shares all variables but the constrained ones
         with it, so that a forward pass of the result updates its batch statistics and dropout
         counters.
-      opt_state: any optimizer state with one or more `CBPState`s in it, including
+      opt_state: any optimizer state with one or more links' states in it, including
         `nnx.Optimizer.opt_state`.
 
     Returns:
@@ -122,13 +132,13 @@ def window(opt_state: optax.OptState) -> jax.Array:
     It starts at `initial_window` and grows to infinity, where every weight is constrained.
 
     Args:
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
 
     Returns:
       Array of shape (), float; the smallest window if there are several links.
 
     Raises:
-      ValueError: if the state holds no `CBPState`.
+      ValueError: if the state holds no `CBPState`, as under `ste`.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -137,7 +147,9 @@ def window(opt_state: optax.OptState) -> jax.Array:
 
     Reference: Kim and Jeong (2021), section 3.2.
     """
-    windows = [state.window for state in find_states(opt_state)]
+    windows = [state.window for state in find_states(opt_state) if isinstance(state, CBPState)]
+    if not windows:
+        raise ValueError("`ste` has no window: give the state of an optimizer with cbp_jax.cbp")
     return windows[0] if len(windows) == 1 else jnp.min(jnp.stack(windows))
 
 
@@ -148,7 +160,7 @@ def refit_scales(
 
     Args:
       params: the latent weights.
-      opt_state: any optimizer state with one or more `CBPState`s in it; it is not changed.
+      opt_state: any optimizer state with one or more links' states in it; it is not changed.
       scale_fn: the function given to `cbp`; None measures the mean absolute value.
 
     Returns:
@@ -171,14 +183,14 @@ def refit_scales(
         scales[leaf.path] = measure_scale(leaf.path, leaf.weight, kept_axes, scale_fn)
 
     def refit(node: Any) -> Any:
-        if not isinstance(node, CBPState):
+        if not isinstance(node, State):
             return node
         old = flatten_with_paths(node.weight_scale)
         new = [scales[path].reshape(scale.shape) for path, scale in old]
         structure = jax.tree.structure(node.weight_scale)
         return node._replace(weight_scale=jax.tree.unflatten(structure, new))
 
-    return jax.tree.map(refit, opt_state, is_leaf=lambda node: isinstance(node, CBPState))
+    return jax.tree.map(refit, opt_state, is_leaf=lambda node: isinstance(node, State))
 
 
 def float_dtype() -> jnp.dtype:
@@ -186,18 +198,18 @@ def float_dtype() -> jnp.dtype:
     return jax.dtypes.canonicalize_dtype(float)
 
 
-def find_states(opt_state: optax.OptState) -> list[CBPState]:
-    """Returns every `CBPState` in an optimizer state, without NNX variables.
+def find_states(opt_state: optax.OptState) -> list[State]:
+    """Returns every state of a link in an optimizer state, without NNX variables.
 
     Raises:
       ValueError: if there is none.
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CBPState))
-    states = [_unwrap_variables(node) for node in nodes if isinstance(node, CBPState)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, State))
+    states = [_unwrap_variables(node) for node in nodes if isinstance(node, State)]
     if not states:
         raise ValueError(
-            "no CBPState in this optimizer state: give the state of an optimizer with cbp_jax.cbp "
-            "or cbp_jax.cbp_sgd in it, as its init or update returned it "
+            "no CBPState in this optimizer state: give the state of an optimizer with cbp_jax.cbp, "
+            "cbp_jax.cbp_sgd or cbp_jax.ste in it, as its init or update returned it "
             f"(got {type(opt_state).__name__})"
         )
     return states
@@ -223,7 +235,7 @@ def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[Constr
         for leaf in pair_with_state(weights, state):
             if leaf.path in found:
                 raise ValueError(
-                    f"{path_string(leaf.path)!r} is constrained by two cbp links, "
+                    f"{path_string(leaf.path)!r} is constrained by two links, "
                     f"{found[leaf.path].constraint.name!r} and {leaf.constraint.name!r}: "
                     "give the links masks that do not overlap"
                 )
@@ -231,14 +243,17 @@ def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[Constr
     return [found[path] for path in weights if path in found]
 
 
-def state_paths(state: CBPState) -> list[tuple[Path, Constraint | optax.MaskedNode]]:
+def state_paths(state: State) -> list[tuple[Path, Constraint | optax.MaskedNode]]:
     """Returns all leaves that a state knows, with a `MaskedNode` for unconstrained ones."""
-    return flatten_with_paths(
-        state.constraints, is_leaf=lambda node: isinstance(node, Constraint | optax.MaskedNode)
-    )
+    return flatten_with_paths(state.constraints, is_leaf=is_rule)
 
 
-def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[ConstrainedLeaf]:
+def is_rule(node: Any) -> bool:
+    """Whether a node of `constraints` stands for a leaf of the parameters."""
+    return isinstance(node, Constraint | optax.MaskedNode)
+
+
+def pair_with_state(weights: dict[Path, Any], state: State) -> list[ConstrainedLeaf]:
     """Returns the leaves that one state constrains, in its order.
 
     Raises:
@@ -257,20 +272,30 @@ def pair_with_state(weights: dict[Path, Any], state: CBPState) -> list[Constrain
             f"{', '.join(map(path_string, list(weights)[:5])) or 'no leaves'}. "
             "Give the tree (or a tree with the same paths) that the optimizer's init was given."
         )
-    multipliers, scales = jax.tree.leaves(state.multipliers), jax.tree.leaves(state.weight_scale)
+    scales = jax.tree.leaves(state.weight_scale)
+    multipliers: list[jax.Array | None] = [None] * len(scales)
+    if isinstance(state, CBPState):
+        multipliers = jax.tree.leaves(state.multipliers)
     leaves = []
     for (path, constraint), multiplier, scale in zip(constrained, multipliers, scales, strict=True):
         weight = weights[path]
-        if jnp.shape(weight) != multiplier.shape:
+        if multiplier is not None and jnp.shape(weight) != multiplier.shape:
             raise ValueError(
                 f"{path_string(path)!r} has shape {jnp.shape(weight)}, but the state was made for "
                 f"{multiplier.shape}: call the optimizer's init on these parameters"
             )
-        if scale.ndim not in (0, weight.ndim):
+        if scale.ndim and not _broadcasts(scale.shape, jnp.shape(weight)):
             raise ValueError(
                 f"the scale of {path_string(path)!r} has shape {scale.shape}, which does not fit "
-                f"weights of shape {weight.shape}: a state made under jax.vmap must be used under "
-                "jax.vmap"
+                f"weights of shape {jnp.shape(weight)}: call the optimizer's init on these "
+                "parameters; a state made under jax.vmap must be used under jax.vmap"
             )
         leaves.append(ConstrainedLeaf(path, weight, constraint, scale, multiplier))
     return leaves
+
+
+def _broadcasts(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a scale with kept dimensions fits weights of a shape."""
+    return len(scale) == len(weight) and all(
+        n in (1, m) for n, m in zip(scale, weight, strict=True)
+    )

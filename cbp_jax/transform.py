@@ -11,18 +11,20 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from cbp_jax.constraints import Constraint
 from cbp_jax.lagrangian import constraint_sum
-from cbp_jax.masking import (
-    Path,
-    PyTree,
-    as_path,
-    flatten_with_paths,
-    is_variable,
-    path_string,
+from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
+from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
+from cbp_jax.scales import ScaleFn
+from cbp_jax.state import (
+    CBPState,
+    ConstrainedLeaf,
+    float_dtype,
+    is_rule,
+    pair_with_state,
+    state_paths,
 )
-from cbp_jax.rules import ConstraintSpec, MaskSpec, assign_constraints, compile_rules
-from cbp_jax.scales import ScaleFn, measure_scale, warn_if_quantized
-from cbp_jax.state import CBPState, ConstrainedLeaf, float_dtype, pair_with_state, state_paths
+from cbp_jax.straight_through import check_axes, is_placeholder, measure
 
 GrowthFn = Callable[[jax.Array], ArrayLike]
 
@@ -116,7 +118,7 @@ def cbp(
     patience = _check_count("patience", patience)
     if isinstance(initial_window, int | float | np.number) and not initial_window >= 1:
         raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
-    kept_axes = _check_axes(scale_axis)
+    kept_axes = check_axes(scale_axis)
     if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
         raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
     ascent = optax.with_extra_args_support(
@@ -124,36 +126,22 @@ def cbp(
     )
     grow = _default_growth if window_growth is None else window_growth
 
-    def init_trees(params: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        """Constraints, multipliers and scales."""
-        if type(params).__name__ == "_ParamsPlaceholder":
-            return 0, params, 0  # optax's tree_map_params asks where copies of the parameters are
-        chosen = assign_constraints(rules, mask, params)
-
-        def build(leaf_fn: Callable[[Path, PyTree], Any]) -> PyTree:
-            def build_leaf(keys: Any, node: PyTree) -> Any:
-                path = as_path(keys)
-                return leaf_fn(path, node) if path in chosen else optax.MaskedNode()
-
-            return jax.tree_util.tree_map_with_path(build_leaf, params, is_leaf=is_variable)
-
-        def zeros(w: jax.Array) -> jax.Array:
+    def zeros(rule: Constraint | optax.MaskedNode, node: PyTree) -> PyTree:
+        def like(w: jax.Array) -> jax.Array:
             dtype = multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)
             return _zeros_sharded_like(w, dtype)
 
-        constraints = build(lambda path, node: chosen[path])
         # A multiplier stays inside its NNX variable, which annotates the sharding.
-        multipliers = build(lambda path, node: jax.tree.map(zeros, node))
-        scales = build(
-            lambda path, node: measure_scale(path, jax.tree.leaves(node)[0], kept_axes, scale_fn)
-        )
-        for path, leaf in flatten_with_paths(params):
-            if path in chosen:
-                warn_if_quantized(path, leaf, chosen[path], kept_axes)
-        return constraints, multipliers, scales
+        return jax.tree.map(like, node) if isinstance(rule, Constraint) else rule
 
     def init_fn(params: PyTree) -> CBPState:
-        constraints, multipliers, scales = init_trees(params)
+        constraints, scales = measure(rules, mask, params, kept_axes, scale_fn)
+        # optax's `tree_map_params` wants to find its placeholder where the multipliers are.
+        multipliers = (
+            params
+            if is_placeholder(params)
+            else jax.tree.map(zeros, constraints, params, is_leaf=is_rule)
+        )
         return CBPState(
             count=jnp.zeros((), jnp.int32),
             step_in_epoch=jnp.zeros((), jnp.int32),
@@ -190,14 +178,15 @@ def cbp(
         state = _start_of_epoch(state, leaves, ascent, grow, patience)
 
         grads = dict(flatten_with_paths(updates))
+        multipliers = jax.tree.leaves(state.multipliers)
         leaves = [
             leaf._replace(multiplier=multiplier)
-            for leaf, multiplier in zip(leaves, jax.tree.leaves(state.multipliers), strict=True)
+            for leaf, multiplier in zip(leaves, multipliers, strict=True)
         ]
         total, window = (
             (None, state.window) if value is None else constraint_sum(leaves, state.window)
         )
-        for path, w, rule, scale, multiplier in leaves:
+        for (path, w, rule, scale, _), multiplier in zip(leaves, multipliers, strict=True):
             grad = grads.get(path)
             if grad is None:
                 raise ValueError(
@@ -308,17 +297,6 @@ def _pair_all(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
 
 def _default_growth(window: jax.Array) -> jax.Array:
     return jnp.where(window < 10, window + 1, window + 10)
-
-
-def _check_axes(scale_axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    if scale_axis is None:
-        return ()
-    axes = scale_axis if isinstance(scale_axis, tuple) else (scale_axis,)
-    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        raise ValueError(
-            f"scale_axis must be an integer, a tuple of them or None, got {scale_axis!r}"
-        )
-    return axes
 
 
 def _check_count(name: str, number: Any) -> Any:

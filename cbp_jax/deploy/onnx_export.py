@@ -64,7 +64,7 @@ def export_onnx(
         tree of arrays, in the order of `jax.tree.leaves`.
       params: the latent weights, float32, which are put on their levels as by `quantize`; for a
         module, all its `nnx.Param`s, as a state or as a pure dictionary.
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
       example_input: an array, or a tuple of them, with a leading batch axis. Give a few real
         inputs, since the outputs are compared on them.
       path: the file to write.

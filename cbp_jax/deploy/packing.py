@@ -150,7 +150,7 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
         `nnx.state(model, (nnx.Param, nnx.BatchStat))`, or `{**params, "batch_stats": batch_stats}`
         with a dictionary. Leaves that are not arrays, such as the functions and settings of an
         Equinox module, are not stored: `unpack` takes them from its template.
-      opt_state: any optimizer state with one or more `CBPState`s in it.
+      opt_state: any optimizer state with one or more links' states in it.
       round: whether to snap remaining weights to the nearest level. `Packed.rounding` and the
         printed table show how many moved by more than 1% of the scale, and how far.
 

@@ -114,7 +114,7 @@ def test_a_leaf_constrained_twice_is_named():
         cbp_jax.cbp("ternary", mask=cbp_jax.select("body/.*")),
     )
     state = optimizer.init(PARAMS)
-    message = "'body/kernel' is constrained by two cbp links, 'binary' and 'ternary'"
+    message = "'body/kernel' is constrained by two links, 'binary' and 'ternary'"
     for read in READS:
         with pytest.raises(ValueError, match=message):
             read(PARAMS, state)

@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 
 from common.input.batch import UNREADABLE, Batch, Preprocess
+from common.training.distillation import Distillation, Teacher
 from common.training.mesh import batch_sharding
 
 PyTree = Any
-# The weights of the forward pass from the latent ones: `cbp_jax.quantize`, or `latent`.
+# Weights from the latent ones and the optimizer's state: `cbp_jax.quantize`, or `latent`.
 WeightsFn = Callable[[PyTree, optax.OptState], PyTree]
 
 # Weight of each auxiliary head's loss, where a network has them (GoogLeNet).
@@ -41,7 +42,8 @@ class TrainState(NamedTuple):
     sums: Sums
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+# (state, batch) -> (state, loss); where a teacher is asked for, its weights come third.
+TrainStep = Callable[..., tuple[TrainState, jax.Array]]
 Evaluate = Callable[[PyTree, PyTree, Iterable[Batch]], dict[str, float]]
 
 
@@ -79,12 +81,14 @@ def make_train_step(
     weights_fn: WeightsFn,
     preprocess: Preprocess = as_given,
     shardings: TrainState | None = None,
+    distillation: Distillation | None = None,
 ) -> TrainStep:
     """Returns a jitted step (state, batch) -> (state, loss), which donates the state.
 
     The gradient is taken at the forward weights and applied to the latent ones: the
     straight-through estimator. The loss is the mean cross-entropy over the images whose label is
-    not negative, plus a fraction of that of the auxiliary heads.
+    not negative, plus a fraction of that of the auxiliary heads. A teacher sees the same images, in
+    evaluation mode, and counts for the main head.
 
     Args:
       graphdef: of `split_model`.
@@ -93,29 +97,44 @@ def make_train_step(
       preprocess: makes the network's images from a batch; may draw from its key.
       shardings: of the state on a mesh (`mesh.state_shardings`); None: as the arrays lie. The
         forward weights are replicated, so that devices differ in their images alone.
+      distillation: makes it a step (state, batch, teacher) -> (state, loss).
     """
 
     def loss_fn(
-        weights: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array
+        weights: PyTree,
+        batch_stats: PyTree,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+        teacher_logits: jax.Array | None,
     ) -> tuple[jax.Array, PyTree]:
         model = nnx.merge(graphdef, weights, batch_stats)
         model.train()
         outputs = model(images, rngs=nnx.Rngs(dropout=key))
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = _cross_entropy(logits, labels) + AUXILIARY_WEIGHT * sum(
-            _cross_entropy(head, labels) for head in auxiliary
-        )
+        loss = _cross_entropy(logits, labels, distillation, teacher_logits)
+        loss += AUXILIARY_WEIGHT * sum(_cross_entropy(head, labels) for head in auxiliary)
         return loss, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def teach(teacher: Teacher, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, *teacher)
+        model.eval()
+        return model(images)
+
+    def train_step(
+        state: TrainState, batch: Batch, *teacher: Teacher
+    ) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         augment, dropout = jax.random.split(key)
         images, labels = preprocess(batch, augment), batch["label"]
         weights = weights_fn(state.params, state.opt_state)
         if shardings is not None:
             weights = jax.lax.with_sharding_constraint(weights, shardings.step)
+        teacher_logits = teach(teacher[0], images) if distillation else None
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), grads = grad_fn(weights, state.batch_stats, images, labels, dropout)
+        (loss, batch_stats), grads = grad_fn(
+            weights, state.batch_stats, images, labels, dropout, teacher_logits
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         sums = Sums(
@@ -128,20 +147,28 @@ def make_train_step(
 
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0)
+    on_batch, everywhere = batch_sharding(shardings.step.mesh), shardings.step  # type: ignore[attr-defined]
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(shardings.step.mesh)),  # type: ignore[attr-defined]
+        in_shardings=(shardings, on_batch, *([everywhere] if distillation else [])),
         out_shardings=(shardings, shardings.step),
     )
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over the images that have a label; 0 if none has."""
+def _cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    distillation: Distillation | None = None,
+    teacher_logits: jax.Array | None = None,
+) -> jax.Array:
+    """The mean over the images that have a label; 0 if none has. A teacher's targets blend in."""
     has_label = labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(has_label, labels, 0)
     )
+    if distillation is not None and teacher_logits is not None:  # they come together
+        losses = distillation.blend(losses, logits, teacher_logits)
     return jnp.sum(jnp.where(has_label, losses, 0)) / jnp.maximum(jnp.sum(has_label), 1)
 
 
