@@ -58,7 +58,7 @@ def batch_norm(
 def rms_norm(
     features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:
-    """Makes a division by the root mean square in float32; only its result is rounded to `dtype`."""
+    """Makes an RMS normalization in float32; only its result is rounded to `dtype`."""
     return nnx.RMSNorm(features, epsilon=epsilon, dtype=dtype, promote_dtype=_unrounded, rngs=rngs)
 
 

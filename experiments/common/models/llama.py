@@ -49,11 +49,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, length: int) -> jax.Array:
         """Returns the output (n * length, width) for x (n * length, width)."""
-        q, k, v = (
-            # (n, heads, length, channels)
-            layer(x).reshape(-1, length, layer.out_features // self.channels, self.channels).swapaxes(1, 2)
-            for layer in (self.q, self.k, self.v)
-        )
+
+        def in_heads(y: jax.Array) -> jax.Array:
+            return y.reshape(-1, length, y.shape[1] // self.channels, self.channels).swapaxes(1, 2)
+
+        q, k, v = (in_heads(layer(x)) for layer in (self.q, self.k, self.v))
         y = attend(rotate(q), rotate(k), v)
         return self.o(y.swapaxes(1, 2).reshape(x.shape))
 
