@@ -14,6 +14,7 @@ import jax
 from absl import app, flags, logging
 from common.input.open import open_data
 from common.training.restore import Run, evaluation_config, restore
+from common.training.settle import is_constrained
 from common.training.setup import make_evaluation, make_setup
 from ml_collections import config_dict
 
@@ -30,18 +31,20 @@ def evaluate_run(run: Run, latent: bool = False) -> dict[str, float]:
       latent: evaluate the latent weights of a constrained run instead of the quantized ones.
 
     Returns:
-      "step", "top1", "top5", "images", "unreadable", and of a constrained run "cfs",
-      "cfs_relative", "window".
+      "step", "top1", "top5", "images", "unreadable"; of a constrained run "cfs" and
+      "cfs_relative", and of one with multipliers "window".
     """
     state = run.state
     weights, scores = state.params, {"step": float(state.step)}
-    if run.config.phase == "post_train":
+    if is_constrained(run.config):
         both = (state.params, state.opt_state)
         scores |= {
             "cfs": float(cbp_jax.constraint_failure_score(*both)),
             "cfs_relative": float(cbp_jax.constraint_failure_score(*both, relative=True)),
-            "window": float(cbp_jax.window(state.opt_state)),
         }
+        window = cbp_jax.layer_report(*both).window
+        if window is not None:
+            scores["window"] = float(window)
         if not latent:
             weights = jax.jit(cbp_jax.quantize)(*both)
     return scores | run.accuracy(weights, state.batch_stats)
@@ -90,11 +93,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     images = scores["images"]
     print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} on {images:.0f} images")
+    print(f"loss {scores['loss']:.4f}")
     if scores["unreadable"]:
         print(f"{scores['unreadable']:.0f} images could not be read and are not counted")
     if "cfs" in scores:
-        cfs, relative, g = scores["cfs"], scores["cfs_relative"], scores["window"]
-        print(f"CFS {cfs:.2e}, CFS / scale {relative:.2e}, window {g:g}")
+        window = f", window {scores['window']:g}" if "window" in scores else ""
+        print(f"CFS {scores['cfs']:.2e}, CFS / scale {scores['cfs_relative']:.2e}{window}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from absl import app, flags, logging
 from common.report import deploy
 from common.report.workdir import float32_bytes, size_text
 from common.training.restore import Run, restore
+from common.training.settle import is_constrained
 from flax import nnx
 
 import cbp_jax
@@ -27,8 +28,9 @@ FLAGS = flags.FLAGS
 
 def check_constrained(run: Run, workdir: Path) -> None:
     """Raises ValueError for a run in full precision."""
-    if run.config.phase == "pretrain":
-        raise ValueError(f"{workdir} is a run of phase 'pretrain', without a constraint")
+    if not is_constrained(run.config):
+        kind = "phase" if run.config.phase == "pretrain" else "method"
+        raise ValueError(f"{workdir} is a run of {kind} {run.config[kind]!r}, without a constraint")
 
 
 def export_packed(run: Run, path: Path, round: bool) -> dict[str, float]:

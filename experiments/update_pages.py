@@ -76,7 +76,7 @@ def short_run_table(experiment: str) -> str:
     for file in sorted((RESULTS / experiment).glob("*/summary.json")):
         summary = Summary.read(file.parent)
         config = json.loads((file.parent / "config.json").read_text())
-        if summary.method:
+        if summary.constrained:
             epochs = read_metrics(file.parent)
             rows.append(
                 (

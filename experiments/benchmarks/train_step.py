@@ -24,10 +24,9 @@ from common.input import augment
 from common.input.batch import Batch
 from common.report.tables import format_table
 from common.training import optimizers, preflight
+from common.training.methods import make_method
 from common.training.step import TrainState, init_state, latent, make_train_step
 from flax import nnx
-
-import cbp_jax
 
 PLAIN = "plain"
 METHODS = (PLAIN, "binary", "ternary", "one_bit_shift", "two_bit_shift")
@@ -54,8 +53,7 @@ class Candidate:
         if method == PLAIN:
             optimizer, weights_fn = optimizers.pretraining(config, 1000), latent
         else:
-            optimizer = optimizers.post_training(config, 1000, model.constrained)
-            weights_fn = cbp_jax.quantize
+            optimizer, weights_fn, *_ = make_method(config, 1000, model.constrained)
 
         def preprocess(batch: Batch, key: jax.Array) -> jax.Array:
             del key

@@ -21,14 +21,26 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.network = network
     config.constraint = "binary"  # or ternary, one_bit_shift, two_bit_shift
     config.phase = "post_train"  # or pretrain: full precision, from random weights
-    # Or, as in the paper's ablation, no_window (g = infinity from the start), ste (no multipliers).
+    # Or, as in the paper's ablation, no_window (g = infinity from the start), ste (no multipliers);
+    # parq, binary_relax (forward weights drawn to their levels along an annealing); rounding
+    # (trained on in full precision, then rounded), full_precision (trained on, never rounded).
     config.method = "cbp"
+    # Of parq and binary_relax: the shares of the run between which forward weights are annealed.
+    config.anneal_start = 0.0
+    config.anneal_end = 0.8  # from here on they are quantized
+    config.anneal_steepness = 10.0  # of parq's sigmoid
     # A .pth or .safetensors file, the workdir of a run, or "random": post-train random weights.
     config.pretrained = ""
     config.seed = 0
+    # Post-training with the outputs of a network of the same kind as targets: pretrained (the
+    # weights it starts from), a PyTorch file, or the workdir of a run (its latent weights).
+    config.teacher = ""  # none
+    # a in (1 - a) * cross-entropy + a * temperature^2 * KL(teacher || student), both softened.
+    config.distillation = 0.5
+    config.temperature = 2.0
 
     # Or folder: DIR/train/<class>/*.JPEG and DIR/val/...; cifar10, fashion_mnist, digits;
-    # synthetic: noise, to measure the machine.
+    # text: of the field `text`; synthetic: noise, to measure the machine.
     config.data = "tfds"
     config.data_dir = ""  # empty: TFDS_DATA_DIR, or TFDS's default
     config.num_classes = 1000
@@ -44,6 +56,14 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.epochs = 200  # an upper bound: watch the CFS, and stop the run once it is low
     config.steps_per_epoch = 0  # 0: one pass over the training images
     config.learning_rate = config_dict.placeholder(float)  # None: that of `by_constraint`
+    # Or adamw. Under sgd, cbp and no_window are the paper's recipe; of that, adamw leaves only the
+    # multipliers: elements are not clipped, the window lowers no rate, there is no box of ±1.
+    config.optimizer = "sgd"
+    config.b2 = 0.99  # of adamw
+    config.clip_norm = 0.0  # of the gradient of all weights, under adamw; 0: it is not clipped
+    # Or constant, cosine, linear; the last two fall to 0. Empty: constant under cbp, else cosine.
+    config.schedule = ""
+    config.warmup_steps = 0  # before the schedule, whatever the batch; 0: as warmup_epochs says
     config.lr_decay = 0.1  # factor of the learning rate under CBP, from lr_decay_window on
     config.lr_decay_window = 20
     config.multiplier_learning_rate = 1e-4
@@ -54,7 +74,7 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
     config.weight_decay = 1e-4
     config.pretrain_epochs = 90
-    config.pretrain_learning_rate = 0.1  # falls to 0 along a cosine
+    config.pretrain_learning_rate = 0.1  # falls to 0 along a cosine, or as schedule says
     # Of fields that are None, the value for each constraint.
     config.by_constraint = ml_collections.ConfigDict()
 

@@ -15,7 +15,7 @@ import cbp_jax
 from common.config import ConfigError
 from common.report import figures
 from common.report.tables import results_table
-from common.report.workdir import Summary, read_metrics
+from common.report.workdir import FULL_PRECISION, Summary, read_metrics
 from common.training.run import log, train_and_evaluate
 from common.training.settle import differences, saved_config, settle
 
@@ -37,16 +37,19 @@ class Entry(NamedTuple):
 def entries(config: ml_collections.ConfigDict) -> list[Entry]:
     """Returns the runs that a config lists: each of its methods under each of its constraints.
 
-    CBP's folder is named by the constraint alone, as `binary`; others as `binary_ste`.
+    CBP's folder is named by the constraint alone, as `binary`; others as `binary_ste`. The method
+    "full_precision" has no constraint, and runs once.
     """
     every = config.constraint == "all"
-    return [
+    unconstrained = [name for name in config.methods if name == "full_precision"]
+    return [Entry(name, {"method": name}) for name in unconstrained] + [
         Entry(
             constraint if method == "cbp" else f"{constraint}_{method}",
             {"constraint": constraint, "method": method},
         )
         for constraint in (cbp_jax.CONSTRAINTS if every else (config.constraint,))
         for method in config.methods
+        if method not in unconstrained
     ]
 
 
@@ -105,11 +108,12 @@ def _finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Sum
 
 def _draw(workdir: Path, runs: Sequence[Entry], summaries: Sequence[Summary]) -> None:
     """Draws the methods side by side, one figure per constraint."""
-    for constraint in dict.fromkeys(summary.constraint for summary in summaries):
+    constraints = [summary.constraint for summary in summaries if summary.constrained]
+    for constraint in dict.fromkeys(constraints):
         found = [
             (summary, read_metrics(workdir / entry.name))
             for summary, entry in zip(summaries, runs, strict=True)
-            if summary.constraint == constraint
+            if summary.constraint in (constraint, FULL_PRECISION)
         ]
         figures.plot_training(
             workdir / "figures" / f"{constraint}.png",

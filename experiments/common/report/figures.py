@@ -27,8 +27,17 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
-_COLORS = {"ste": _STE, "no_window": "#cc79a7", "cbp": _CBP}
+_COLORS = {
+    "cbp": _CBP,
+    "no_window": "#cc79a7",
+    "ste": _STE,
+    "parq": "#e69f00",
+    "binary_relax": "#56b4e9",
+    "rounding": "#999999",
+    "full_precision": "#000000",
+}
 _TRIANGLES: dict[str, Any] = {"marker": "v", "linestyle": "none", "markersize": 4}
+_LEGEND = 5  # entries in a line
 _SHARES = (1, 5, 10, 20, 30, 50, 75, 100)  # ticks of the histograms, in percent
 
 
@@ -43,7 +52,7 @@ def plot_training(
     Args:
       path: of the PNG; the PDF goes beside it.
       title: of the figure.
-      runs: rows of `metrics.jsonl` by method, "cbp", "no_window" or "ste".
+      runs: rows of `metrics.jsonl` by method, a key of `METHODS`; in full precision without CFS.
       full_precision_top1: accuracy of the weights that all started from.
     """
     size: dict[str, Any] = {"figsize": (6, 5), "layout": "constrained"}
@@ -75,7 +84,9 @@ def plot_training(
         figure.align_ylabels([top, bottom])
         figure.suptitle(title, fontsize=10)
         spacing = {"columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **spacing)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(len(handles), _LEGEND), **spacing
+        )
         _save(figure, path)
 
 
@@ -107,8 +118,8 @@ def _marker(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Returns one value per epoch; null, written for values that are not finite, leaves a gap."""
-    return np.array([row[name] for row in rows], float)
+    """Returns one value per epoch; null, for what is not finite, or none leaves a gap."""
+    return np.array([row.get(name) for row in rows], float)
 
 
 def plot_weights(
@@ -179,7 +190,7 @@ def _save(figure: Figure, path: Path) -> None:
 def draw_run(
     folder: Workdir, summary: Summary, after: Mapping[str, np.ndarray], midway: str | None
 ) -> None:
-    """Draws a run's figures: accuracy and CFS over epochs, and the weights of each layer.
+    """Draws a run's figures: accuracy and CFS over epochs, weights of each constrained layer.
 
     Args:
       folder: of the run, with its metrics and the weights of earlier moments.
@@ -187,10 +198,13 @@ def draw_run(
       after: the weights at the end, by layer, in units of their scale.
       midway: the title of the moment midway; None if there was none.
     """
-    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')} weights"
+    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')}"
+    title += " weights" if summary.constrained else ""
     runs = {summary.method: read_metrics(folder.path)}
     path = folder.path / "figures"
     plot_training(path / "training.png", title, runs, summary.full_precision_top1)
+    if not summary.constrained:
+        return
     moments = {"before": folder.load_weights("before")}
     if midway:
         moments[f"midway: {midway}"] = folder.load_weights("midway")

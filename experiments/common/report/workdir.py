@@ -15,7 +15,16 @@ import cbp_jax
 from common.report import deploy
 
 PyTree = Any
-METHODS = {"ste": "STE", "no_window": "CBP, no window", "cbp": "CBP"}  # as tables and figures say
+METHODS = {  # of post-training, as tables and figures say
+    "cbp": "CBP",
+    "no_window": "CBP, no window",
+    "ste": "STE",
+    "parq": "PARQ",
+    "binary_relax": "BinaryRelax",
+    "rounding": "rounding",
+    "full_precision": "full precision",
+}
+FULL_PRECISION = "full precision"  # as constraint of a summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +32,8 @@ class Summary:
     """`summary.json`. Accuracies are fractions, of the quantized weights; sizes are in bytes."""
 
     experiment: str
-    constraint: str  # or "full precision"
-    method: str  # cbp, no_window, ste; empty in full precision
+    constraint: str  # or FULL_PRECISION
+    method: str  # of METHODS; empty in pre-training
     seed: int
     full_precision_top1: float  # of the weights the run started from
     top1: float
@@ -37,6 +46,12 @@ class Summary:
     seconds: float
     bytes_file: int | None = None  # of the packed file, with batch statistics and its header
     file_top1: float | None = None  # of the weights read back from it
+    eval_loss: float | None = None  # mean cross-entropy in nats; of text, per byte
+
+    @property
+    def constrained(self) -> bool:
+        """Whether its weights are on levels."""
+        return self.constraint != FULL_PRECISION
 
     @classmethod
     def read(cls, workdir: Path) -> "Summary":

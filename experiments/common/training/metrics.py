@@ -27,19 +27,28 @@ def epoch_row(
         "step": step,
         "loss": float(sums.loss) / int(sums.steps),
     }
-    constrained = setup.weights_fn is cbp_jax.quantize
-    if constrained:
-        row |= {name: float(value) for name, value in _cbp_metrics(state).items()}
-        row["lagrangian"] /= setup.steps_per_epoch
-    accuracy = evaluate(jax.jit(setup.weights_fn)(state.params, state.opt_state), state.batch_stats)
+    deployed = deployed_state(state, setup)
+    if setup.constrained:
+        row |= {name: float(value) for name, value in _constraint_metrics(deployed).items()}
+        if "lagrangian" in row:
+            row["lagrangian"] /= setup.steps_per_epoch
+    accuracy = evaluate(
+        jax.jit(setup.deployed_fn)(state.params, state.opt_state), state.batch_stats
+    )
     row |= {
         "learning_rate": _learning_rate(state.opt_state),
         "top1": accuracy["top1"],
         "top5": accuracy["top5"],
+        "eval_loss": accuracy["loss"],
     }
-    if constrained:
-        row["violation"] = {name: float(v) for name, v in _layer_violations(state).items()}
+    if setup.constrained:
+        row["violation"] = {name: float(v) for name, v in _layer_violations(deployed).items()}
     return row | {"images_per_second": images_per_second, "unreadable": int(sums.unreadable)}
+
+
+def deployed_state(state: TrainState, setup: Setup) -> TrainState:
+    """Returns the state with the scales of the weights that are deployed."""
+    return state._replace(opt_state=setup.deployed_state_fn(state.params, state.opt_state))
 
 
 def _learning_rate(opt_state: optax.OptState) -> float:
@@ -54,12 +63,16 @@ def _learning_rate(opt_state: optax.OptState) -> float:
 
 
 @jax.jit
-def _cbp_metrics(state: TrainState) -> dict[str, jax.Array]:
-    """The Lagrangian is summed over the epoch."""
+def _constraint_metrics(state: TrainState) -> dict[str, jax.Array]:
+    """The Lagrangian is summed over the epoch; it and the window are those of multipliers."""
     params, opt_state = state.params, state.opt_state
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, cbp_jax.CBPState))
     return {
-        "lagrangian": opt_state.cbp.lagrangian_sum,
-        "window": cbp_jax.window(opt_state),
+        name: value
+        for node in nodes
+        if isinstance(node, cbp_jax.CBPState)
+        for name, value in (("lagrangian", node.lagrangian_sum), ("window", node.window))
+    } | {
         "cfs": cbp_jax.constraint_failure_score(params, opt_state),
         "cfs_relative": cbp_jax.constraint_failure_score(params, opt_state, relative=True),
     }

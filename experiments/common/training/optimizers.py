@@ -1,4 +1,4 @@
-"""The optimizers of a run, from its config."""
+"""The parts of a run's optimizer, from its config: inner optimizer, schedule, multipliers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,43 +8,39 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-import cbp_jax
-
-METHODS = ("cbp", "no_window", "ste")
 _CAP = 3e-3  # of the violation under the multiplier rule "capped", in the unit of the weights
 
 
-def post_training(
-    config: ml_collections.FrozenConfigDict, steps_per_epoch: int, constrained: str
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of `config.method`.
+def clip(config: ml_collections.FrozenConfigDict) -> optax.GradientTransformation:
+    """Returns the clipping of the loss's gradient in post-training.
 
-    "cbp" is the paper's recipe; "no_window" constrains all weights from the start; "ste" is the
-    straight-through estimator alone. The last two have no window that lowers the learning rate, so
-    it falls along a cosine; the paper does not say what it did there.
-
-    Args:
-      config: of `settle`.
-      steps_per_epoch: steps of an epoch of the schedule.
-      constrained: pattern of the paths of the constrained parameters.
+    Of each element to ±1 under "sgd", as in the paper; of the global norm under "adamw".
     """
-    options = multiplier_options(config)
-    if config.method == "no_window":
-        options["initial_window"] = float("inf")
-    elif config.method == "ste":
-        options["multiplier_optimizer"] = optax.set_to_zero()
-    return cbp_jax.cbp_sgd(
-        learning_rate(config, steps_per_epoch),
-        config.constraint,
-        steps_per_epoch=steps_per_epoch,
-        patience=config.patience,
-        weight_decay=config.weight_decay,
-        lr_decay=config.lr_decay if config.method == "cbp" else 1.0,
-        lr_decay_window=config.lr_decay_window,
-        window_growth=window_growth(config.window_factor),
-        mask=cbp_jax.select(include=constrained),
-        **options,
-    )
+    return optax.clip(1.0) if config.optimizer == "sgd" else _clip_norm(config)
+
+
+def inner(
+    config: ml_collections.FrozenConfigDict, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """Returns `config.optimizer` along its schedule, with weight decay on kernels.
+
+    Under "sgd" the decay is added to the gradient, and momentum is 0.9; under "adamw" it is
+    decoupled. The state has the rate of the last step as `learning_rate`.
+    """
+    schedule = learning_rate(config, steps_per_epoch)
+    if config.optimizer == "sgd":
+        sgd = optax.inject_hyperparams(optax.sgd, static_args="momentum")
+        return optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=_kernels),
+            sgd(schedule, momentum=0.9),
+        )
+
+    def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_kernels
+        )
+
+    return optax.inject_hyperparams(adamw)(schedule)
 
 
 def multiplier_options(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
@@ -73,30 +69,41 @@ def window_growth(factor: float) -> Callable[[jax.Array], jax.Array] | None:
 def pretraining(
     config: ml_collections.FrozenConfigDict, steps_per_epoch: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns SGD with momentum, weight decay on kernels, and a rate that falls along a cosine."""
-    sgd = optax.inject_hyperparams(optax.sgd, static_args="momentum")  # keeps the rate in its state
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=_kernels),
-        sgd(learning_rate(config, steps_per_epoch), momentum=0.9),
-    )
+    """Returns the optimizer of a run in full precision from random weights."""
+    optimizer = inner(config, steps_per_epoch)
+    if config.optimizer == "adamw":
+        optimizer = optax.chain(_clip_norm(config), optimizer)
     return optax.with_extra_args_support(optimizer)
 
 
 def learning_rate(config: ml_collections.FrozenConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the rate by step, scaled to the batch; `cbp_sgd` lowers it as the window closes."""
+    """Returns the rate by step, scaled to the batch; `cbp_sgd` lowers it as the window closes.
+
+    Of itself it is constant under "cbp", and falls to 0 along a cosine elsewhere: in pre-training,
+    and where no window lowers it. The paper does not say what it did there.
+    """
     pretrain = config.phase == "pretrain"
     epochs = config.pretrain_epochs if pretrain else config.epochs
     ratio = config.batch_size / config.base_batch_size
     peak = (config.pretrain_learning_rate if pretrain else config.learning_rate) * ratio
+    warmup = config.warmup_steps
     # A network that starts from random weights is warmed up whatever the batch.
-    warmup = min(config.warmup_epochs, epochs) * steps_per_epoch if ratio > 1 or pretrain else 0
-    if pretrain or config.method != "cbp":
-        after = optax.cosine_decay_schedule(peak, max(epochs * steps_per_epoch - warmup, 1))
-    else:
-        after = optax.constant_schedule(peak)
+    if not warmup and (ratio > 1 or pretrain):
+        warmup = min(config.warmup_epochs, epochs) * steps_per_epoch
+    steps = max(epochs * steps_per_epoch - warmup, 1)
+    own = "constant" if config.method == "cbp" and not pretrain else "cosine"
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, steps),
+        "linear": optax.linear_schedule(peak, 0.0, steps),
+    }[config.schedule or own]
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def _clip_norm(config: ml_collections.FrozenConfigDict) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
 
 def _kernels(params: Any) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import psutil
 
 from common.input.batch import UNREADABLE
+from common.training.distillation import Teacher
 from common.training.setup import Evaluate
 from common.training.step import TrainState, TrainStep
 
@@ -19,7 +20,11 @@ _IMAGES = 1000  # to evaluate on
 
 
 def preflight(
-    train_step: Any, state: TrainState, batches: Iterator[Any], evaluate: Evaluate
+    train_step: Any,
+    state: TrainState,
+    batches: Iterator[Any],
+    evaluate: Evaluate,
+    teacher: tuple[Teacher, ...] = (),
 ) -> tuple[Any, TrainStep, str]:
     """Reads a batch, compiles the step, checks that it fits, and evaluates the initial weights.
 
@@ -28,6 +33,7 @@ def preflight(
       state: of the first step.
       batches: to train on; one is taken.
       evaluate: of `make_evaluation`.
+      teacher: of `read_teacher`.
 
     Returns:
       The batch, the compiled step, and a line for the user.
@@ -40,7 +46,7 @@ def preflight(
     unreadable = int(jnp.sum(batch["label"] == UNREADABLE))
     data = f"a batch in {time.perf_counter() - started:.1f} s, {unreadable} of it unreadable"
     started = time.perf_counter()
-    compiled = train_step.lower(state, batch).compile()
+    compiled = train_step.lower(state, batch, *teacher).compile()
     memory = check_memory(memory_needed(compiled), available_memory())
     memory = f"{memory}, compiled in {time.perf_counter() - started:.0f} s"
     found = evaluate(state.params, state.batch_stats, _IMAGES)

@@ -8,6 +8,14 @@ import ml_collections
 from tqdm import tqdm
 
 # The graphic takes what the rest leaves; the rate is known before the first figures.
+_LABELS = {
+    "cbp": "",
+    "no_window": " g=inf",
+    "ste": " STE",
+    "parq": " PARQ",
+    "binary_relax": " relax",
+    "rounding": " round",
+}
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}|<{remaining}, {rate_fmt}{postfix}"
 
 
@@ -37,8 +45,9 @@ def description(config: ml_collections.FrozenConfigDict) -> str:
     """Returns what a bar's run does, in up to 17 letters, 13 where a window is shown."""
     if config.phase == "pretrain":
         return "full precision"
-    label = {"cbp": "", "ste": " STE", "no_window": " g=inf"}[config.method]
-    return config.constraint + label
+    if config.method == "full_precision":
+        return "trained on"
+    return config.constraint + _LABELS[config.method]
 
 
 def figures(row: Mapping[str, Any], with_window: bool) -> str:

@@ -11,6 +11,7 @@ from common.config import base_config
 from common.input.batch import Batch, Preprocess
 from common.input.open import open_data
 from common.training.checkpoints import Checkpoints
+from common.training.metrics import deployed_state
 from common.training.settle import saved_config, settle
 from common.training.setup import initial_state, make_evaluation, make_setup
 from common.training.step import TrainState
@@ -34,7 +35,7 @@ class Run(NamedTuple):
 
     config: ml_collections.FrozenConfigDict
     graphdef: nnx.GraphDef
-    state: TrainState  # with latent weights
+    state: TrainState  # with latent weights, and the scales to deploy them with
     accuracy: Callable[[PyTree, PyTree], dict[str, float]]  # of weights and batch statistics
     batches: Callable[[], Iterator[Batch]]
     preprocess: Preprocess
@@ -87,7 +88,7 @@ def restore(
     return Run(
         config,
         setup.network.graphdef,
-        found[0],
+        deployed_state(found[0], setup),
         lambda weights, batch_stats: evaluate(weights, batch_stats, limit),
         lambda: loader.evaluate(limit),
         loader.eval_preprocess,

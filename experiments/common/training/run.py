@@ -17,14 +17,21 @@ from common.config import ConfigError
 from common.input.open import open_data
 from common.report import deploy
 from common.report.figures import draw_run
-from common.report.workdir import Summary, Workdir, float32_bytes, packed_bytes
+from common.report.workdir import (
+    FULL_PRECISION,
+    Summary,
+    Workdir,
+    float32_bytes,
+    packed_bytes,
+)
 from common.training import mesh
 from common.training.checkpoints import Checkpoints
+from common.training.distillation import distillation
 from common.training.loop import Meter, Stopped, StopRequest
-from common.training.metrics import all_finite, epoch_row, relative_weights
+from common.training.metrics import all_finite, deployed_state, epoch_row, relative_weights
 from common.training.preflight import preflight
 from common.training.restore import Record, restore_state, save_state
-from common.training.settle import check_resumable, saved_config, settle
+from common.training.settle import check_resumable, is_constrained, saved_config, settle
 from common.training.setup import (
     Evaluate,
     Setup,
@@ -32,6 +39,7 @@ from common.training.setup import (
     make_evaluation,
     make_setup,
     on_device,
+    read_teacher,
 )
 from common.training.step import TrainState, make_train_step, zero_sums
 
@@ -73,13 +81,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         setup.weights_fn,
         loader.train_preprocess,
         shardings,
+        distillation(config),
     )
+    teacher = read_teacher(config, setup.mesh)
     evaluate = make_evaluation(setup, loader)
 
     record = Record(loader.train_images, setup.steps_per_epoch)
     if resumes:
         state, record = _resumed(checkpoints, state, record, setup.total_steps)
-    step, constrained = int(state.step), config.phase == "post_train"
+    step = int(state.step)
     log(
         f"{_title(config)}: {loader.train_images:,} training and {loader.eval_images:,} validation "
         f"images; step {step:,} of {setup.total_steps:,}"
@@ -99,13 +109,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         contextlib.closing(stream),
     ):
         if config.preflight:
-            first, train_step, line = preflight(train_step, state, stream, evaluate)
+            first, train_step, line = preflight(train_step, state, stream, evaluate, teacher)
             batches = itertools.chain([first], stream)
             log(f"preflight: {line}")
-        if constrained and not resumes:
+        if config.phase == "post_train" and not resumes:
             accuracy = evaluate(state.params, state.batch_stats)
             record = record._replace(full_precision_top1=accuracy["top1"])
-            folder.save_weights("before", relative_weights(state))
+            if setup.constrained:
+                folder.save_weights("before", relative_weights(state))
 
         with Meter(config, step, setup.total_steps) as meter, StopRequest() as stop:
             while True:
@@ -114,8 +125,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                     row = epoch_row(state, setup, evaluate, meter.images_per_second())
                     folder.append_metrics(row)
                     meter.end_epoch(row)
-                    if constrained:
-                        record = _keep_midway(record, row, state, folder)
+                    if setup.constrained:
+                        record = _keep_midway(record, row, deployed_state(state, setup), folder)
                     state = _reset_sums(state)
                 if step == setup.total_steps or stop.after(step):
                     break
@@ -125,7 +136,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                     if stop.asked:  # whoever ends this process may have ended its workers too
                         break
                     raise
-                state, loss = train_step(state, batch)
+                state, loss = train_step(state, batch, *teacher)
                 step += 1
                 meter.step(loss)
                 if _checkpoint_is_due(config, setup, step):  # first: the evaluation takes a while
@@ -138,9 +149,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 raise Stopped(stop.status)
 
     summary = _summarize(config, row, now(), state)
-    if constrained:
-        summary = _deploy(summary, folder, state, setup, evaluate)
-        after = relative_weights(state)
+    if config.phase == "post_train":
+        after: dict[str, np.ndarray] = {}
+        if setup.constrained:
+            deployed = deployed_state(state, setup)
+            summary = _deploy(summary, folder, deployed, setup, evaluate)
+            after = relative_weights(deployed)
         if jax.process_index() == 0:
             draw_run(folder, summary, after, record.midway)
     folder.write_summary(summary)
@@ -154,8 +168,8 @@ def log(text: str) -> None:
 
 
 def _title(config: ml_collections.FrozenConfigDict) -> str:
-    if config.phase == "pretrain":
-        return f"{config.experiment}, full precision"
+    if not is_constrained(config):
+        return f"{config.experiment}, {FULL_PRECISION}"
     return f"{config.experiment}, {config.constraint}, {config.method}"
 
 
@@ -214,22 +228,24 @@ def _keep_midway(record: Record, row: dict[str, Any], state: TrainState, folder:
     if record.midway is not None or row["cfs_relative"] > _MIDWAY * record.first_cfs:
         return record
     folder.save_weights("midway", relative_weights(state))
-    return record._replace(midway=f"epoch {row['epoch']}, g = {row['window']:.3g}")
+    window = f", g = {row['window']:.3g}" if "window" in row else ""
+    return record._replace(midway=f"epoch {row['epoch']}{window}")
 
 
 def _summarize(
     config: ml_collections.FrozenConfigDict, row: dict[str, Any], record: Record, state: TrainState
 ) -> Summary:
-    constrained = config.phase == "post_train"
+    post_train, constrained = config.phase == "post_train", is_constrained(config)
     float32 = float32_bytes(state.params)
     return Summary(
         experiment=config.experiment,
-        constraint=config.constraint if constrained else "full precision",
-        method=config.method if constrained else "",
+        constraint=config.constraint if constrained else FULL_PRECISION,
+        method=config.method if post_train else "",
         seed=config.seed,
-        full_precision_top1=record.full_precision_top1 if constrained else row["top1"],  # type: ignore[arg-type]
+        full_precision_top1=record.full_precision_top1 if post_train else row["top1"],  # type: ignore[arg-type]
         top1=row["top1"],
         top5=row["top5"],
+        eval_loss=row["eval_loss"],
         cfs=row.get("cfs", 0.0),
         cfs_relative=row.get("cfs_relative", 0.0),
         bits_per_weight=cbp_jax.get_constraint(config.constraint).bits if constrained else 32,

@@ -1,7 +1,8 @@
 """The config as a run uses it: settled once, at the start, and frozen."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import ml_collections
 import cbp_jax
 from common.config import ConfigError
 from common.models.torch_weights import TORCHVISION_OPTIONS
-from common.training.optimizers import METHODS
+from common.report.workdir import METHODS
 
 RANDOM = "random"  # as `config.pretrained`
+PRETRAINED = "pretrained"  # as `config.teacher`
 # The position in the data is the step, and the schedule counts steps.
 _FIXED = (
     "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
-    "image_size", "color_jitter",
+    "image_size", "color_jitter", "text", "context", "optimizer", "teacher", "distillation",
+    "temperature",
 )  # fmt: skip
 
 
@@ -45,6 +48,7 @@ def settle(
         raise ConfigError("--config.learning_rate is None: give a number")
     if saved is None:
         _check_pretrained(settled)
+        _check_teacher(settled)
         if "transform_input" in settled and settled.transform_input is None:
             settled.transform_input = _transform_input(settled)
     elif "transform_input" in settled:
@@ -86,6 +90,11 @@ def check_resumable(saved: Mapping[str, Any], config: ml_collections.FrozenConfi
     return ", ".join(f"{name} {change}" for name, change in changed.items())
 
 
+def is_constrained(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:
+    """Whether a run ends with weights on levels."""
+    return config.phase == "post_train" and config.method != "full_precision"
+
+
 def is_random(pretrained: str) -> bool:
     """Whether `config.pretrained` names no weights: pre-training needs none."""
     return pretrained in ("", RANDOM)
@@ -96,18 +105,39 @@ def is_torch_file(pretrained: str) -> bool:
     return not is_random(pretrained) and not Path(pretrained).is_dir()
 
 
+def _listed(choices: Collection[str]) -> str:
+    return ", ".join(choice or "''" for choice in choices)
+
+
 def _check(config: ml_collections.ConfigDict) -> None:
     for name, choices in {
         "phase": ("pretrain", "post_train"),
         "constraint": cbp_jax.CONSTRAINTS,
         "method": METHODS,
         "multiplier_rule": ("adam", "capped"),
+        "optimizer": ("sgd", "adamw"),
+        "schedule": ("", "constant", "cosine", "linear"),
     }.items():
         if config[name] not in choices:
-            raise ConfigError(f"--config.{name}={config[name]!r} is none of {', '.join(choices)}")
+            raise ConfigError(f"--config.{name}={config[name]!r} is none of {_listed(choices)}")
     for name in ("epochs", "pretrain_epochs", "batch_size", "checkpoint_epochs"):
         if config[name] < 1:
             raise ConfigError(f"--config.{name}={config[name]} must be positive")
+    for name, lowest, highest in (
+        ("warmup_steps", 0, math.inf),
+        ("clip_norm", 0, math.inf),
+        ("b2", 0, 1),
+        ("anneal_steepness", 0.01, 100),  # where its sigmoid is computed without overflow
+        ("distillation", 0, 1),
+        ("temperature", 0.01, 1000),
+    ):
+        if not lowest <= config[name] <= highest:
+            raise ConfigError(f"--config.{name}={config[name]} must be from {lowest} to {highest}")
+    if not 0 <= config.anneal_start < config.anneal_end <= 1:
+        raise ConfigError(
+            f"--config.anneal_start={config.anneal_start} and anneal_end={config.anneal_end} are "
+            "shares of the run: give 0 <= anneal_start < anneal_end <= 1"
+        )
 
 
 def _check_pretrained(config: ml_collections.ConfigDict) -> None:
@@ -117,6 +147,15 @@ def _check_pretrained(config: ml_collections.ConfigDict) -> None:
             f"--config.pretrained=FILE, a .pth or .safetensors file of {config.network} from "
             "PyTorch, or the workdir of a run with --config.phase=pretrain. To post-train random "
             f"weights nevertheless, give --config.pretrained={RANDOM}"
+        )
+
+
+def _check_teacher(config: ml_collections.ConfigDict) -> None:
+    wanted = config.phase == "post_train" and config.teacher == PRETRAINED
+    if wanted and is_random(config.pretrained):
+        raise ConfigError(
+            f"--config.teacher={PRETRAINED}, but --config.pretrained={config.pretrained!r} names "
+            "no weights: give a file or the workdir of a run"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of: its network with the initial weights, its optimizer, its mesh."""
+"""What a run is made of: its network with the initial weights, its method, its mesh."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-import cbp_jax
 from common import models
 from common.config import ConfigError
 from common.input import pipeline
@@ -20,14 +19,19 @@ from common.input.batch import HostBatch, Loader
 from common.models import torch_weights
 from common.training import mesh, optimizers
 from common.training.checkpoints import Checkpoints
-from common.training.settle import is_random, is_torch_file
+from common.training.distillation import Teacher, distillation
+from common.training.methods import Method, StateFn, make_method
+from common.training.settle import PRETRAINED, is_constrained, is_random, is_torch_file
 from common.training.step import TrainState, WeightsFn, init_state, latent, make_evaluate
 
 PyTree = Any
 # Accuracy of weights and batch statistics on the validation images, or on so many of them.
 Evaluate = Callable[..., dict[str, float]]
 # Arguments of networks that a config may have as fields.
-_OPTIONS = ("auxiliary_heads", "transform_input", "channels", "width", "depth")
+_OPTIONS = (
+    "auxiliary_heads", "transform_input", "channels", "width", "depth", "heads", "kv_heads",
+    "hidden", "context",
+)  # fmt: skip
 
 
 class Network(NamedTuple):
@@ -45,7 +49,10 @@ class Setup(NamedTuple):
     mesh: Mesh
     network: Network
     optimizer: optax.GradientTransformationExtraArgs
-    weights_fn: WeightsFn  # the weights of the forward pass
+    weights_fn: WeightsFn  # as in `methods.Method`
+    deployed_fn: WeightsFn  # likewise
+    deployed_state_fn: StateFn  # likewise
+    constrained: bool  # whether the deployed weights are on levels
     steps_per_epoch: int
     total_steps: int
 
@@ -74,13 +81,19 @@ def make_setup(
         )
     network = make_network(config, config.pretrained if load_weights else "")
     if config.phase == "pretrain":
-        epochs, weights_fn = config.pretrain_epochs, latent
-        optimizer = optimizers.pretraining(config, steps_per_epoch)
+        epochs = config.pretrain_epochs
+        method = Method(optimizers.pretraining(config, steps_per_epoch), latent, latent)
     else:
-        epochs, weights_fn = config.epochs, cbp_jax.quantize
-        optimizer = optimizers.post_training(config, steps_per_epoch, network.constrained)
-    on = mesh.make_mesh(config.fsdp)
-    return Setup(on, network, optimizer, weights_fn, steps_per_epoch, epochs * steps_per_epoch)
+        epochs = config.epochs
+        method = make_method(config, steps_per_epoch, network.constrained)
+    return Setup(
+        mesh.make_mesh(config.fsdp),
+        network,
+        *method,
+        is_constrained(config),
+        steps_per_epoch,
+        epochs * steps_per_epoch,
+    )
 
 
 def initial_state(setup: Setup, seed: int) -> tuple[TrainState, TrainState]:
@@ -89,6 +102,27 @@ def initial_state(setup: Setup, seed: int) -> tuple[TrainState, TrainState]:
     state = init_state(network.params, network.batch_stats, setup.optimizer, seed)
     shardings = mesh.state_shardings(setup.mesh, state, state.params)
     return mesh.put_state(state, shardings), shardings
+
+
+def read_teacher(config: ml_collections.FrozenConfigDict, on: Mesh) -> tuple[Teacher, ...]:
+    """Returns the teacher's weights on every device of the mesh; an empty tuple if there is none.
+
+    Args:
+      config: of `settle`.
+      on: the mesh of the run.
+
+    Raises:
+      FileNotFoundError: if there is no such file or checkpoint.
+      ValueError: if it is damaged, or of another network.
+    """
+    if distillation(config) is None:
+        return ()
+    found = make_network(
+        config, config.pretrained if config.teacher == PRETRAINED else config.teacher
+    )
+    teacher = Teacher(found.params, found.batch_stats)
+    everywhere = mesh.replicated(on)
+    return (mesh.put_state(teacher, jax.tree.map(lambda _: everywhere, teacher)),)
 
 
 def on_device(batches: Iterator[HostBatch], on: Mesh) -> Any:

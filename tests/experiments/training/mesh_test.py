@@ -24,6 +24,7 @@ from common import models
 from common.input import augment
 from common.models.resnet import BasicBlock, ResNet
 from common.training import mesh, optimizers
+from common.training.methods import make_method
 from common.training.settle import settle
 from common.training.step import init_state, latent, make_train_step
 
@@ -59,7 +60,7 @@ def _small_run(fsdp, steps):
     model = ResNet(10, block=BasicBlock, **SMALL, dtype=jnp.float64, rngs=nnx.Rngs(0))
     graphdef, *trees = models.split_model(model)
     params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), trees)
-    optimizer = optimizers.post_training(config, 2, model.constrained)
+    optimizer = make_method(config, 2, model.constrained).optimizer
     state = init_state(params, batch_stats, optimizer)
     shardings = mesh.state_shardings(on, state, params)
     state = mesh.put_state(state, shardings)
@@ -214,8 +215,7 @@ def lowered(network, constraint, fsdp=None, **changes):
     if config.phase == "pretrain":
         optimizer, weights_fn = optimizers.pretraining(config, 5000), latent
     else:
-        optimizer = optimizers.post_training(config, 5000, model.constrained)
-        weights_fn = cbp_jax.quantize
+        optimizer, weights_fn, *_ = make_method(config, 5000, model.constrained)
     state = jax.eval_shape(lambda p, b: init_state(p, b, optimizer), params, batch_stats)
     shardings = None if fsdp is None else mesh.state_shardings(mesh.make_mesh(fsdp), state, params)
 

@@ -1,4 +1,4 @@
-"""The optimizers of a run: learning rates by step, the methods, the rules of the multipliers."""
+"""The optimizers of a run: learning rates by step, inner optimizers, the rules of the multipliers."""
 
 import imagenet_alexnet
 import imagenet_resnet18
@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from common.training import optimizers
 from common.training.settle import settle
-
-import cbp_jax
 
 
 def config_of(module):
@@ -50,43 +48,6 @@ def test_learning_rate_of_pretraining_falls_along_a_cosine():
         assert float(schedule(step)) == pytest.approx(expected, abs=1e-8)
 
 
-def steps_of(method, count=3):
-    """A few steps on a quadratic loss under one of the three methods."""
-    config = config_of(imagenet_resnet18)
-    config.update(
-        {
-            "method": method,
-            "epochs": 10,
-            "patience": 1,
-            "learning_rate": 1e-2,
-            "multiplier_learning_rate": 1e-2,
-        }
-    )
-    optimizer = optimizers.post_training(config, 1, "kernel")
-    params = {"kernel": jnp.array([[0.9, -0.3], [0.1, -0.8]]), "bias": jnp.ones(2)}
-    state = optimizer.init(params)
-    for _ in range(count):
-        updates, state = optimizer.update(
-            jax.tree.map(jnp.zeros_like, params), state, params, value=jnp.ones(())
-        )
-        params = jax.tree.map(jnp.add, params, updates)
-    return params, state
-
-
-def test_methods_of_the_ablation():
-    _, cbp = steps_of("cbp")
-    _, no_window = steps_of("no_window")
-    _, ste = steps_of("ste")
-    assert float(cbp_jax.window(cbp)) == 3
-    assert float(cbp_jax.window(no_window)) == np.inf
-    # Every weight off its level is constrained at once.
-    assert np.all(np.asarray(no_window.cbp.multipliers["kernel"]) > 0)
-    free = np.asarray(cbp.cbp.multipliers["kernel"])
-    assert (free == 0).any()  # those near the midpoint are not yet
-    assert (free > 0).any()
-    assert not np.asarray(ste.cbp.multipliers["kernel"]).any()
-
-
 def test_rules_of_the_multipliers():
     """On violations of 1e-3 and 0.5: Adam's first step is the rate, the capped rule's a third of it
     and the rate."""
@@ -114,3 +75,52 @@ def test_pretraining_keeps_the_rate_it_applied():
         momentum = sum(0.9**power for power in range(step + 1))
         np.testing.assert_allclose(updates["kernel"], -momentum * schedule(step), rtol=1e-6)
         assert state[1].hyperparams["learning_rate"] == schedule(step)
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "post_train"])
+def test_a_named_schedule_and_its_warm_up(phase):
+    config = config_of(imagenet_alexnet)
+    config.phase, config.warmup_steps, config.epochs, config.pretrain_epochs = phase, 4, 2, 2
+    config.learning_rate = config.pretrain_learning_rate = 0.5
+    for name, shape in {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+    }.items():
+        config.schedule = name
+        schedule = optimizers.learning_rate(config, steps_per_epoch=10)
+        expected = [0.5 * (t / 4 if t < 4 else shape((t - 4) / 16)) for t in range(21)]
+        assert [float(schedule(t)) for t in range(21)] == pytest.approx(expected, abs=1e-7)
+
+
+def test_adamw_by_its_definition():
+    """Two steps: moments, decoupled decay of the kernel alone, and the clipped global norm."""
+    config = config_of(imagenet_resnet18)
+    config.update(
+        {
+            "optimizer": "adamw",
+            "b2": 0.9,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "schedule": "linear",
+        }
+    )
+    config.update({"phase": "pretrain", "pretrain_epochs": 1, "pretrain_learning_rate": 0.1})
+    config.warmup_epochs = 0
+    optimizer = optimizers.pretraining(config, 10)
+    params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
+    grads = {"kernel": jnp.array([[3.0, 0.3]]), "bias": jnp.array([4.0])}
+    state, expected = optimizer.init(params), jax.tree.map(np.float64, params)
+    norm = np.sqrt(3**2 + 0.3**2 + 4**2)
+    mean, square = (jax.tree.map(lambda w: 0 * np.float64(w), params) for _ in range(2))
+    for step in (1, 2):
+        updates, state = optimizer.update(grads, state, params, value=jnp.ones(()))
+        params = jax.tree.map(jnp.add, params, updates)
+        rate = 0.1 * (1 - (step - 1) / 10)
+        for name, decay in (("kernel", 0.1), ("bias", 0.0)):
+            g = np.float64(grads[name]) / norm
+            mean[name] = 0.9 * mean[name] + 0.1 * g
+            square[name] = 0.9 * square[name] + 0.1 * g * g
+            moved = mean[name] / (1 - 0.9**step) / (np.sqrt(square[name] / (1 - 0.9**step)) + 1e-8)
+            expected[name] = expected[name] - rate * (moved + decay * expected[name])
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
