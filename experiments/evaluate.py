@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     images = scores["images"]
     print(f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%} on {images:.0f} images")
+    print(f"loss {scores['loss']:.4f}")
     if scores["unreadable"]:
         print(f"{scores['unreadable']:.0f} images could not be read and are not counted")
     if "cfs" in scores:

@@ -40,7 +40,7 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.temperature = 2.0
 
     # Or folder: DIR/train/<class>/*.JPEG and DIR/val/...; cifar10, fashion_mnist, digits;
-    # synthetic: noise, to measure the machine.
+    # text: of the field `text`; synthetic: noise, to measure the machine.
     config.data = "tfds"
     config.data_dir = ""  # empty: TFDS_DATA_DIR, or TFDS's default
     config.num_classes = 1000

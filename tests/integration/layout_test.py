@@ -8,7 +8,8 @@ from pages import ROOT
 COMMON = ("config", "input", "models", "report", "training", "study", "launch")
 LIBRARY = (
     "step_function", "constraints", "level_sets", "masking", "rules", "scales", "state",
-    "straight_through", "lagrangian", "transform", "recipe", "metrics", "description", "deploy",
+    "straight_through", "lagrangian", "transform", "course", "recipe", "metrics", "description",
+    "deploy",
 )  # fmt: skip
 DEPLOY = (
     "bits", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",

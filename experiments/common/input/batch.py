@@ -13,7 +13,8 @@ PADDING = -1  # label of the images that fill up the last batch of an evaluation
 UNREADABLE = -2  # label of an image that could not be read or decoded; the image is black
 
 # "image": what a `Preprocess` takes; "label": int32, shape=(batch,), negative where there is no
-# image to learn from. In a `HostBatch` both are numpy arrays.
+# image to learn from. Of text, both are tokens, shape=(batch, length). In a `HostBatch` both are
+# numpy arrays.
 Batch = Mapping[str, Any]
 HostBatch = dict[str, np.ndarray]
 # Maps a batch and a random key to the network's input.

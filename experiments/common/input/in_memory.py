@@ -88,8 +88,8 @@ def in_memory_loader(
 
     def evaluate(limit: int | None) -> Iterator[HostBatch]:
         images, labels = dataset.test_images, dataset.test_labels
-        if limit and limit < len(labels):
-            index = np.arange(limit) * len(labels) // limit
+        if limit:
+            index = spread(len(labels), limit)
             images, labels = images[index], labels[index]
         for batch in padded_batches(images, labels, eval_batch_size(config)):
             yield {name: array[host::hosts] for name, array in batch.items()}
@@ -109,6 +109,12 @@ def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarr
         yield batch
 
 
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """Returns the indices of `limit` of so many entries, spread evenly; all, if it is None or 0."""
+    limit = min(limit or count, count)
+    return np.arange(limit) * count // limit
+
+
 def padded_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int = 1000
 ) -> Iterator[HostBatch]:
@@ -118,5 +124,7 @@ def padded_batches(
         short = batch_size - len(target)
         yield {
             "image": np.concatenate([batch, np.zeros((short, *batch.shape[1:]), batch.dtype)]),
-            "label": np.concatenate([target, np.full(short, PADDING, target.dtype)]),
+            "label": np.concatenate(
+                [target, np.full((short, *target.shape[1:]), PADDING, target.dtype)]
+            ),
         }

@@ -1,4 +1,4 @@
-"""Opens a config's data set: photos from the disk, small data sets from memory, or noise."""
+"""Opens a config's data set: photos from the disk, small data sets from memory, text, or noise."""
 
 import functools
 import os
@@ -13,6 +13,7 @@ from common.config import ConfigError
 from common.input import augment, in_memory, pipeline
 from common.input.batch import Batch, HostBatch, Loader, Preprocess, eval_batch_size
 from common.input.sources import FolderSource, Source, TfdsSource
+from common.input.text import text_loader
 
 # Of CIFAR-10's training pixels, in [0, 1].
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -165,4 +166,5 @@ _LOADERS: dict[str, Callable[[ml_collections.ConfigDict], Loader]] = {
     "tfds": _tfds,
     "folder": _folder,
     "synthetic": _synthetic,
+    "text": text_loader,
 }

@@ -1,4 +1,4 @@
-"""Flax NNX networks; images are NHWC.
+"""Flax NNX networks; images are NHWC, tokens (n, length).
 
 The attribute `constrained` of each is a pattern matching the paths of the kernels to constrain, for
 `cbp_jax.select(include=...)`. `flattened` has the height, width and channels of the image that a
@@ -15,11 +15,12 @@ from jax.typing import DTypeLike
 
 from common.models.alexnet import AlexNet
 from common.models.googlenet import GoogLeNet
+from common.models.llama import Llama
 from common.models.resnet import ResNet, cifar_resnet18, resnet18, resnet20, resnet50
 from common.models.small import SmallConvNet, SmallMLP
 
 PyTree = Any
-Network = AlexNet | GoogLeNet | ResNet | SmallConvNet | SmallMLP
+Network = AlexNet | GoogLeNet | Llama | ResNet | SmallConvNet | SmallMLP
 
 NETWORKS: Mapping[str, Callable[..., Network]] = MappingProxyType(
     {
@@ -31,6 +32,7 @@ NETWORKS: Mapping[str, Callable[..., Network]] = MappingProxyType(
         "cifar_resnet18": cifar_resnet18,
         "small_conv": SmallConvNet,
         "small_mlp": SmallMLP,
+        "llama": Llama,
     }
 )
 
@@ -38,6 +40,7 @@ __all__ = [
     "NETWORKS",
     "AlexNet",
     "GoogLeNet",
+    "Llama",
     "Network",
     "ResNet",
     "SmallConvNet",
@@ -63,7 +66,8 @@ def create(
 
     Args:
       name: a key of `NETWORKS`.
-      num_classes: number of logits; None: the network's own, 1000 for ImageNet and 10 otherwise.
+      num_classes: number of logits; None: the network's own, 1000 for ImageNet,
+        256 for text and 10 otherwise.
       dtype: of the computation; parameters, statistics and logits are float32.
       rngs: where the weights come from.
       **options: further arguments of the network, such as `channels` of small_conv.

@@ -55,6 +55,13 @@ def batch_norm(
     )
 
 
+def rms_norm(
+    features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
+    """Makes an RMS normalization in float32; only its result is rounded to `dtype`."""
+    return nnx.RMSNorm(features, epsilon=epsilon, dtype=dtype, promote_dtype=_unrounded, rngs=rngs)
+
+
 def _unrounded(values: Any, /, **kwargs: Any) -> Any:
     """Replaces Flax's promotion, which in evaluation mode rounds the statistics to `dtype`."""
     del kwargs

@@ -46,6 +46,7 @@ class Summary:
     seconds: float
     bytes_file: int | None = None  # of the packed file, with batch statistics and its header
     file_top1: float | None = None  # of the weights read back from it
+    eval_loss: float | None = None  # mean cross-entropy in nats; of text, per byte
 
     @property
     def constrained(self) -> bool:

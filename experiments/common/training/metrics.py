@@ -39,6 +39,7 @@ def epoch_row(
         "learning_rate": _learning_rate(state.opt_state),
         "top1": accuracy["top1"],
         "top5": accuracy["top5"],
+        "eval_loss": accuracy["loss"],
     }
     if setup.constrained:
         row["violation"] = {name: float(v) for name, v in _layer_violations(deployed).items()}

@@ -243,6 +243,7 @@ def _summarize(
         full_precision_top1=record.full_precision_top1 if post_train else row["top1"],  # type: ignore[arg-type]
         top1=row["top1"],
         top5=row["top5"],
+        eval_loss=row["eval_loss"],
         cfs=row.get("cfs", 0.0),
         cfs_relative=row.get("cfs_relative", 0.0),
         bits_per_weight=cbp_jax.get_constraint(config.constraint).bits if constrained else 32,

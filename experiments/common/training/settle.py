@@ -18,7 +18,8 @@ PRETRAINED = "pretrained"  # as `config.teacher`
 # The position in the data is the step, and the schedule counts steps.
 _FIXED = (
     "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
-    "image_size", "color_jitter", "optimizer", "teacher", "distillation", "temperature",
+    "image_size", "color_jitter", "text", "context", "optimizer", "teacher", "distillation",
+    "temperature",
 )  # fmt: skip
 
 

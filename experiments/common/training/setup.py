@@ -28,7 +28,10 @@ PyTree = Any
 # Accuracy of weights and batch statistics on the validation images, or on so many of them.
 Evaluate = Callable[..., dict[str, float]]
 # Arguments of networks that a config may have as fields.
-_OPTIONS = ("auxiliary_heads", "transform_input", "channels", "width", "depth")
+_OPTIONS = (
+    "auxiliary_heads", "transform_input", "channels", "width", "depth", "heads", "kv_heads",
+    "hidden", "context",
+)  # fmt: skip
 
 
 class Network(NamedTuple):

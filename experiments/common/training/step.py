@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
     loss: jax.Array  # shape=(), dtype=float32
     steps: jax.Array  # shape=(), dtype=int32
-    images: jax.Array  # shape=(), dtype=int32: with a label
+    images: jax.Array  # shape=(), dtype=int32: with a label, or windows of text
     unreadable: jax.Array  # shape=(), dtype=int32
 
 
@@ -86,9 +86,9 @@ def make_train_step(
     """Returns a jitted step (state, batch) -> (state, loss), which donates the state.
 
     The gradient is taken at the forward weights and applied to the latent ones: the
-    straight-through estimator. The loss is the mean cross-entropy over the images whose label is
-    not negative, plus a fraction of that of the auxiliary heads. A teacher sees the same images, in
-    evaluation mode, and counts for the main head.
+    straight-through estimator. The loss is the mean cross-entropy over the labels that are not
+    negative, one per image or per token, plus a fraction of that of the auxiliary heads. A teacher
+    sees the same images, in evaluation mode, and counts for the main head.
 
     Args:
       graphdef: of `split_model`.
@@ -140,7 +140,7 @@ def make_train_step(
         sums = Sums(
             loss=state.sums.loss + loss,
             steps=state.sums.steps + 1,
-            images=state.sums.images + jnp.sum(labels >= 0),
+            images=state.sums.images + jnp.sum(_labelled(labels)),
             unreadable=state.sums.unreadable + jnp.sum(labels == UNREADABLE),
         )
         return TrainState(state.step + 1, params, batch_stats, opt_state, state.key, sums), loss
@@ -162,20 +162,28 @@ def _cross_entropy(
     distillation: Distillation | None = None,
     teacher_logits: jax.Array | None = None,
 ) -> jax.Array:
-    """The mean over the images that have a label; 0 if none has. A teacher's targets blend in."""
-    has_label = labels >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(has_label, labels, 0)
-    )
+    """The mean over the labels, of any shape; 0 if none is given. A teacher's targets blend in."""
+    has_label, losses = labels >= 0, _losses(logits, labels)
     if distillation is not None and teacher_logits is not None:  # they come together
         losses = distillation.blend(losses, logits, teacher_logits)
     return jnp.sum(jnp.where(has_label, losses, 0)) / jnp.maximum(jnp.sum(has_label), 1)
 
 
-def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> Evaluate:
-    """Returns a function (weights, batch_stats, batches) -> accuracies and counts.
+def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy of each label; where it is negative, a number that must not count."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
 
-    "top1" and "top5" are fractions of "images", those that are neither padding nor "unreadable".
+
+def _labelled(labels: jax.Array) -> jax.Array:
+    """Whether each image, or window of text, has a label."""
+    return (labels >= 0).any(axis=tuple(range(1, labels.ndim)))
+
+
+def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> Evaluate:
+    """Returns a function (weights, batch_stats, batches) -> accuracies, loss and counts.
+
+    "top1" and "top5" are fractions of the labels that are neither padding nor "unreadable", and
+    "loss" is their mean cross-entropy; "images" have such a label, or many if they are text.
     """
 
     @jax.jit
@@ -185,11 +193,13 @@ def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> 
         labels = batch["label"]
         logits = model(preprocess(batch, jax.random.key(0)))  # nothing is drawn in evaluation
         # Negative labels never hit.
-        hits = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+        hits = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[..., None]
         found = {
-            "top1": hits[:, 0],
-            "top5": hits.any(axis=1),
-            "images": labels >= 0,
+            "top1": hits[..., 0],
+            "top5": hits.any(axis=-1),
+            "loss": jnp.where(labels >= 0, _losses(logits, labels), 0),
+            "labels": labels >= 0,
+            "images": _labelled(labels),
             "unreadable": labels == UNREADABLE,
         }
         return {name: values.sum() for name, values in found.items()}
@@ -197,15 +207,16 @@ def make_evaluate(graphdef: nnx.GraphDef, preprocess: Preprocess = as_given) -> 
     def evaluate(
         weights: PyTree, batch_stats: PyTree, batches: Iterable[Batch]
     ) -> dict[str, float]:
-        totals = dict.fromkeys(("top1", "top5", "images", "unreadable"), 0.0)
+        names = ("top1", "top5", "loss", "labels", "images", "unreadable")
+        totals = dict.fromkeys(names, 0.0)
         pending: dict[str, jax.Array] = {}
         for batch in batches:
             counts = count(weights, batch_stats, batch)
             # Adds those of the batch before, while the device works on this one.
             totals, pending = _add(totals, pending), counts
         totals = _add(totals, pending)
-        images = max(totals["images"], 1.0)
-        return totals | {name: totals[name] / images for name in ("top1", "top5")}
+        labels = max(totals.pop("labels"), 1.0)
+        return totals | {name: totals[name] / labels for name in ("top1", "top5", "loss")}
 
     return evaluate
 

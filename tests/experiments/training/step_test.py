@@ -23,12 +23,14 @@ def test_evaluate_counts_every_image_once(batch_size):
     model = SmallConvNet(num_classes=10, channels=2, rngs=nnx.Rngs(0))
     graphdef, params, batch_stats = models.split_model(model)
     model.eval()
-    order = np.argsort(-np.asarray(model(jnp.asarray(images))), axis=1)
+    logits = np.asarray(model(jnp.asarray(images)))
+    order = np.argsort(-logits, axis=1)
     expected = {
         "top1": np.mean(order[:, 0] == labels),
         "top5": np.mean(np.any(order[:, :5] == labels[:, None], axis=1)),
     }
     batches = in_memory.padded_batches(images, labels, batch_size)
+    expected["loss"] = -np.mean(log_softmax(logits)[np.arange(50), labels])
     expected |= {"images": 50, "unreadable": 0}
     assert training_step.make_evaluate(graphdef)(params, batch_stats, batches) == pytest.approx(
         expected
