@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.constraints = CONSTRAINTS
     config.tuned_on = "binary"
     config.seeds = 3
+    config.learning_rates = ()  # that each method tries; empty: three of the ground's
     config.epochs = 0  # 0: those of the ground
     config.pretrained = ""  # of resnet20: the file
     config.text = ""  # of text_llama: the file
@@ -61,7 +62,7 @@ def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         base.epochs = config.epochs
     if "methods" in base:
         del base.methods
-    base.constraint = config.tuned_on
+    base.constraint, base.figures = config.tuned_on, False
     return base
 
 
@@ -93,9 +94,8 @@ def _text_llama() -> ml_collections.ConfigDict:
     return text_llama.get_config()
 
 
-def trials(ground: str, method: str) -> list[Mapping[str, Any]]:
-    """Six settings of each method: three learning rates, and two values of what else it has."""
-    rates = (5e-4, 1e-3, 2e-3) if ground == "text_llama" else (1e-2, 3e-2, 1e-1)
+def trials(method: str, rates: Sequence[float]) -> list[Mapping[str, Any]]:
+    """The settings of a method to try: each learning rate with two values of what else it has."""
     other: dict[str, Sequence[Any]] = {"schedule": ("cosine", "linear")}
     if method == "closing":
         other = {"closes_at": (0.6, 0.8)}
@@ -112,11 +112,13 @@ def trials(ground: str, method: str) -> list[Mapping[str, Any]]:
 def comparison(config: ml_collections.ConfigDict) -> "Comparison":
     from common.comparison import Comparison  # slow to import, as `launch` says
 
+    own = (5e-4, 1e-3, 2e-3) if config.ground == "text_llama" else (1e-2, 3e-2, 1e-1)
+    rates = config.learning_rates or own
     return Comparison(
         base=base_config(config),
         constraints=config.constraints,
         tuned_on=config.tuned_on,
-        trials={method: trials(config.ground, method) for method in config.methods},
+        trials={method: trials(method, rates) for method in config.methods},
         seeds=config.seeds,
         better="eval_loss" if config.ground == "text_llama" else "top1",
     )

@@ -41,7 +41,9 @@ def run(comparison: Comparison, workdir: Path) -> None:
         _pretrain(comparison, workdir, seed)
     for method in comparison.trials:
         best = choose(comparison, workdir, method)
-        for constraint in comparison.constraints:
+        # The weights that go on in full precision have no constraint.
+        every = (comparison.tuned_on,) if method == "full_precision" else comparison.constraints
+        for constraint in every:
             for seed in range(comparison.seeds):
                 _cell(comparison, workdir, constraint, method, f"seed{seed}", seed, best)
 

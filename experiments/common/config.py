@@ -34,6 +34,12 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.anneal_steepness = 10.0  # of parq's sigmoid
     # A .pth or .safetensors file, the workdir of a run, or "random": post-train random weights.
     config.pretrained = ""
+    # Pattern of the paths of the parameters to constrain; all: every kernel. Empty: the network's
+    # own, which leaves the first and the last layer free, as in the paper.
+    config.constrained = ""
+    # Batch statistics are estimated anew at the end of post-training from so many training batches,
+    # with the weights that are deployed; 0: they are the running ones.
+    config.reestimate_batches = 0
     config.seed = 0
     # Post-training with the outputs of a network of the same kind as targets: pretrained (the
     # weights it starts from), a PyTorch file, or the workdir of a run (its latent weights).
@@ -48,6 +54,12 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.data_dir = ""  # empty: TFDS_DATA_DIR, or TFDS's default
     config.num_classes = 1000
     config.image_size = 224
+    # Of data sets in memory: so many training images, always the same ones, are kept from training
+    # and measured after each epoch; the test images are measured once, at the end. 0: they are
+    # measured after each epoch.
+    config.validation_images = 0
+    # Of cifar10's images: imagenet (mean and deviation) is what akamaster's networks expect.
+    config.normalization = "cifar10"
     config.resize = 256  # of the shorter side, in validation
     config.color_jitter = 0.2  # brightness, contrast and saturation are scaled by 1 ± this
     config.workers = -1  # processes that decode photos; -1: one per core; 0: none but the main one
@@ -92,6 +104,7 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.checkpoint_epochs = 1  # epochs between two checkpoints
     config.checkpoint_steps = 0  # steps between further checkpoints within an epoch; 0: none
     config.keep_checkpoints = 3
+    config.figures = True  # of the run: its training, and histograms of each layer's weights
     config.preflight = True  # check data, weights and memory before the first step
     return config
 

@@ -31,6 +31,9 @@ class Loader(NamedTuple):
     evaluate: Callable[[int | None], Iterator[HostBatch]]
     train_preprocess: Preprocess
     eval_preprocess: Preprocess
+    # Like `evaluate`, on test images that the run has not seen otherwise; None: there are none, or
+    # `evaluate` sees them.
+    test: Callable[[int | None], Iterator[HostBatch]] | None = None
 
 
 def eval_batch_size(config: ml_collections.ConfigDict) -> int:

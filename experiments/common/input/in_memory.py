@@ -1,5 +1,6 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from common.config import ConfigError
 from common.input.batch import PADDING, HostBatch, Loader, Preprocess, eval_batch_size
 from common.input.sources import open_tfds
 
@@ -77,7 +79,13 @@ def in_memory_loader(
     train_preprocess: Preprocess,
     eval_preprocess: Preprocess,
 ) -> Loader:
-    """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch."""
+    """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch.
+
+    With `config.validation_images`, training leaves these out, and they are what is evaluated.
+    """
+    held_out = None
+    if config.validation_images:
+        dataset, held_out = hold_out(dataset, config.validation_images)
     host, hosts = jax.process_index(), jax.process_count()
 
     def train(start: int) -> Iterator[HostBatch]:
@@ -86,16 +94,39 @@ def in_memory_loader(
             mine = index[host::hosts]
             yield {"image": dataset.train_images[mine], "label": dataset.train_labels[mine]}
 
-    def evaluate(limit: int | None) -> Iterator[HostBatch]:
-        images, labels = dataset.test_images, dataset.test_labels
+    def evaluate(images: np.ndarray, labels: np.ndarray, limit: int | None) -> Iterator[HostBatch]:
         if limit:
             index = spread(len(labels), limit)
             images, labels = images[index], labels[index]
         for batch in padded_batches(images, labels, eval_batch_size(config)):
             yield {name: array[host::hosts] for name, array in batch.items()}
 
+    test = functools.partial(evaluate, dataset.test_images, dataset.test_labels)
     counts = len(dataset.train_labels), len(dataset.test_labels)
-    return Loader(*counts, train, evaluate, train_preprocess, eval_preprocess)
+    if held_out is None:
+        return Loader(*counts, train, test, train_preprocess, eval_preprocess)
+    validate = functools.partial(evaluate, *held_out)
+    counts = len(dataset.train_labels), len(held_out[1])
+    return Loader(*counts, train, validate, train_preprocess, eval_preprocess, test)
+
+
+def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+    """Takes images and labels for validation from the training set, always the same ones.
+
+    Raises:
+      ConfigError: if none would be left.
+    """
+    size = len(dataset.train_labels)
+    if not 0 < count < size:
+        raise ConfigError(
+            f"--config.validation_images={count} must be positive and below the {size} training "
+            "images"
+        )
+    order = np.random.default_rng(0).permutation(size)
+    held, rest = np.sort(order[:count]), np.sort(order[count:])
+    images, labels = dataset.train_images, dataset.train_labels
+    left = dataset._replace(train_images=images[rest], train_labels=labels[rest])
+    return left, (images[held], labels[held])
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

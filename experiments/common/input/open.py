@@ -18,6 +18,10 @@ from common.input.text import text_loader
 # Of CIFAR-10's training pixels, in [0, 1].
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR_STD = (0.2470, 0.2435, 0.2616)
+_CIFAR_NORMALIZATION = {
+    "cifar10": (_CIFAR_MEAN, _CIFAR_STD),
+    "imagenet": (augment.MEAN, augment.STD),
+}
 _CIFAR_PADDING = 4
 _SYNTHETIC_IMAGES = (100_000, 1_000)
 
@@ -53,7 +57,8 @@ def _fashion_mnist(config: ml_collections.ConfigDict) -> Loader:
 
 def _cifar10(config: ml_collections.ConfigDict) -> Loader:
     """Random crops of the image padded by 4 pixels, and flips, are drawn on the device."""
-    normalize = _normalize(config, _CIFAR_MEAN, _CIFAR_STD)
+    mean, std = _CIFAR_NORMALIZATION[config.normalization]
+    normalize = _normalize(config, mean, std)
 
     def train_preprocess(batch: Batch, key: jax.Array) -> jax.Array:
         return augment.random_crop_and_flip(normalize(batch, key), key, _CIFAR_PADDING)
@@ -78,6 +83,11 @@ def _folder(config: ml_collections.ConfigDict) -> Loader:
 
 
 def _photos(config: ml_collections.ConfigDict, train_source: Source, eval_source: Source) -> Loader:
+    if config.validation_images:
+        raise ConfigError(
+            f"--config.validation_images={config.validation_images} is for data sets in memory: "
+            "make the validation set a folder or split of its own, or give 0"
+        )
     shared = {
         "num_workers": (os.cpu_count() or 1) if config.workers < 0 else config.workers,
         "num_classes": config.num_classes,

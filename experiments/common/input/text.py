@@ -97,6 +97,7 @@ def text_loader(config: ml_collections.ConfigDict) -> Loader:
         evaluate(text.validation, config.eval_windows),
         _tokens,
         _tokens,
+        evaluate(text.test, 0),
     )
 
 

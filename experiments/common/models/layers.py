@@ -46,12 +46,20 @@ def conv(
     )
 
 
+MOMENTUM = 0.9  # of the running statistics
+
+
 def batch_norm(
     features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.BatchNorm:
     """Makes a batch normalization in float32; only its result is rounded to `dtype`."""
     return nnx.BatchNorm(
-        features, momentum=0.9, epsilon=epsilon, dtype=dtype, promote_dtype=_unrounded, rngs=rngs
+        features,
+        momentum=MOMENTUM,
+        epsilon=epsilon,
+        dtype=dtype,
+        promote_dtype=_unrounded,
+        rngs=rngs,
     )
 
 

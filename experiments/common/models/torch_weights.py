@@ -26,6 +26,8 @@ TORCHVISION_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+# akamaster/pytorch_resnet_cifar10 names the last layer of its CIFAR-10 networks otherwise.
+_OTHER_NAMES = {"linear.weight": "fc.weight", "linear.bias": "fc.bias"}
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -36,6 +38,7 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
     "model", and its names may all start with "module.", as DistributedDataParallel's do. Ignored
     are `num_batches_tracked`; the one-element `scale` beside a weight in the authors' quantized
     layers (`cbp` measures it again); and GoogLeNet's auxiliary heads if `model` has none.
+    In the CIFAR ResNets of akamaster/pytorch_resnet_cifar10, `linear` is our `fc`.
     torchvision's GoogLeNet expects `transform_input=True`, see `TORCHVISION_OPTIONS`.
 
     Args:
@@ -57,7 +60,7 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
         torch_name(p): _torch_shape(leaf.shape) for tree in trees for p, leaf in _leaves(tree)
     }
     found = {
-        name: value
+        _OTHER_NAMES.get(name, name): value
         for name, value in _read(path).items()
         if not _is_ignored(name, value, shapes, model)
     }

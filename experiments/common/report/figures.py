@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 import cbp_jax
 from common.report.workdir import METHODS, Summary, Workdir, read_metrics
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 9,
     "axes.spines.top": False,
@@ -27,7 +27,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
-_COLORS = {
+COLORS = {
     "cbp": _CBP,
     "closing": "#7a3fa0",
     "no_window": "#cc79a7",
@@ -56,7 +56,7 @@ def plot_training(
       full_precision_top1: accuracy of the weights that all started from.
     """
     size: dict[str, Any] = {"figsize": (6, 5), "layout": "constrained"}
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(2, 1, sharex=True, **size)
         style: dict[str, Any] = {"color": _FULL, "linestyle": "--", "linewidth": 1}
         label = "full precision, before"
@@ -67,7 +67,7 @@ def plot_training(
         bottom_edge = low - 0.3 * (high - low) - 0.2
         top.set_ylim(bottom_edge, high + 0.1 * (high - low) + 0.2)
         for method, rows in runs.items():
-            color = _COLORS[method]
+            color = COLORS[method]
             style = {"color": color, "linewidth": 1.2, "marker": _marker(rows)}
             epochs, accuracy = _column(rows, "epoch"), 100 * _column(rows, "top1")
             handles += top.plot(epochs, accuracy, label=METHODS[method], **style)
@@ -86,7 +86,7 @@ def plot_training(
         columns = len(handles) if len(handles) <= 5 else 4
         spacing = {"columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, **spacing)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _mark_below(axes: Axes, epochs: np.ndarray, edge: float, color: str) -> None:
@@ -138,7 +138,7 @@ def plot_weights(
     """
     count = len(snapshots)
     size: dict[str, Any] = {"figsize": (2.4 * count, 2.4), "layout": "constrained"}
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, count, sharex=True, sharey=True, squeeze=False, **size)
         reach = 1.15 * max(*map(abs, levels), np.quantile(np.abs(snapshots["before"]), 0.999))
         bins = np.linspace(-reach, reach, 82)  # 0 is in the middle of a bin
@@ -161,7 +161,7 @@ def plot_weights(
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel("share of the weights [%]")
         figure.suptitle(title, fontsize=10)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _note_beyond(panel: Axes, weights: np.ndarray, reach: float) -> None:
@@ -177,7 +177,7 @@ def _note_beyond(panel: Axes, weights: np.ndarray, reach: float) -> None:
             panel.text(side, 0.97, note, ha=align, transform=panel.transAxes, **style)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.draw_without_rendering()  # lays it out, once for both files
     figure.set_layout_engine("none")

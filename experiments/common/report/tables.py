@@ -23,6 +23,7 @@ def results_table(summaries: Sequence[Summary]) -> str:
         "top-1 before": [f"{s.full_precision_top1:.2%}" for s in summaries],
         "top-1": [f"{s.top1:.2%}" for s in summaries],
         "loss": ["" if s.eval_loss is None else f"{s.eval_loss:.3f}" for s in summaries],
+        "test top-1": ["" if s.test_top1 is None else f"{s.test_top1:.2%}" for s in summaries],
         "CFS": [f"{s.cfs:.1e}" if s.constrained else "" for s in summaries],
         "CFS / scale": [f"{s.cfs_relative:.1e}" if s.constrained else "" for s in summaries],
         "bits per weight": [str(s.bits_per_weight) for s in summaries],

@@ -48,6 +48,9 @@ class Summary:
     bytes_file: int | None = None  # of the packed file, with batch statistics and its header
     file_top1: float | None = None  # of the weights read back from it
     eval_loss: float | None = None  # mean cross-entropy in nats; of text, per byte
+    # On test images that were looked at once, at the end; None where the figures above are theirs.
+    test_top1: float | None = None
+    test_loss: float | None = None
 
     @property
     def constrained(self) -> bool:

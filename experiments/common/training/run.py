@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 import cbp_jax
 from common.config import ConfigError
+from common.input.batch import Loader
 from common.input.open import open_data
 from common.report import deploy
 from common.report.figures import draw_run
@@ -24,7 +25,7 @@ from common.report.workdir import (
     float32_bytes,
     packed_bytes,
 )
-from common.training import mesh
+from common.training import batch_statistics, mesh
 from common.training.checkpoints import Checkpoints
 from common.training.distillation import distillation
 from common.training.loop import Meter, Stopped, StopRequest
@@ -139,6 +140,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 state, loss = train_step(state, batch, *teacher)
                 step += 1
                 meter.step(loss)
+                if step == setup.total_steps and _reestimates(config):
+                    state = _with_new_statistics(state, setup, loader, config)
                 if _checkpoint_is_due(config, setup, step):  # first: the evaluation takes a while
                     _save(checkpoints, state, now())
             if step < setup.total_steps:
@@ -149,11 +152,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 raise Stopped(stop.status)
 
     summary = _summarize(config, row, now(), state)
+    if loader.test is not None:
+        found = make_evaluation(setup, loader, test=True)(
+            jax.jit(setup.deployed_fn)(state.params, state.opt_state), state.batch_stats
+        )
+        summary = dataclasses.replace(summary, test_top1=found["top1"], test_loss=found["loss"])
     if setup.constrained:
         deployed = deployed_state(state, setup)
         summary = _deploy(summary, folder, deployed, setup, evaluate)
         after = relative_weights(deployed)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and config.figures:
             draw_run(folder, summary, after, record.midway)
     folder.write_summary(summary)
     return summary
@@ -163,6 +171,10 @@ def log(text: str) -> None:
     """Prints, on the first host."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def _reestimates(config: ml_collections.FrozenConfigDict) -> bool:
+    return config.phase == "post_train" and config.reestimate_batches > 0
 
 
 def _title(config: ml_collections.FrozenConfigDict) -> str:
@@ -209,6 +221,25 @@ def _save(checkpoints: Checkpoints, state: TrainState, record: Record) -> None:
             "use --config.dtype=float32"
         )
     save_state(checkpoints, state, record)
+
+
+def _with_new_statistics(
+    state: TrainState, setup: Setup, loader: Loader, config: ml_collections.FrozenConfigDict
+) -> TrainState:
+    """Estimates the batch statistics of the deployed weights, from the first training batches."""
+    with contextlib.closing(on_device(loader.train(0), setup.mesh)) as stream:
+        stats = batch_statistics.estimate(
+            setup.network.graphdef,
+            loader.train_preprocess,
+            jax.jit(setup.deployed_fn)(state.params, state.opt_state),
+            state.batch_stats,
+            itertools.islice(stream, config.reestimate_batches),
+            jax.random.key(config.seed),
+        )
+    stats = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), stats, state.batch_stats
+    )
+    return state._replace(batch_stats=stats)
 
 
 def _reset_sums(state: TrainState) -> TrainState:

@@ -19,7 +19,7 @@ PRETRAINED = "pretrained"  # as `config.teacher`
 _FIXED = (
     "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
     "image_size", "color_jitter", "text", "context", "optimizer", "teacher", "distillation",
-    "temperature",
+    "temperature", "validation_images", "normalization", "constrained",
 )  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "multiplier_rule": ("adam", "capped"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("", "constant", "cosine", "linear"),
+        "normalization": ("cifar10", "imagenet"),
     }.items():
         if config[name] not in choices:
             raise ConfigError(f"--config.{name}={config[name]!r} is none of {_listed(choices)}")
@@ -124,6 +125,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
         if config[name] < 1:
             raise ConfigError(f"--config.{name}={config[name]} must be positive")
     for name, lowest, highest in (
+        ("validation_images", 0, math.inf),
+        ("reestimate_batches", 0, math.inf),
         ("warmup_steps", 0, math.inf),
         ("clip_norm", 0, math.inf),
         ("b2", 0, 1),

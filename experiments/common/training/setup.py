@@ -27,6 +27,7 @@ from common.training.step import TrainState, WeightsFn, init_state, latent, make
 PyTree = Any
 # Accuracy of weights and batch statistics on the validation images, or on so many of them.
 Evaluate = Callable[..., dict[str, float]]
+ALL, _KERNELS = "all", "(.*/)?kernel"  # as `config.constrained`, and the pattern it stands for
 # Arguments of networks that a config may have as fields.
 _OPTIONS = (
     "auxiliary_heads", "transform_input", "channels", "width", "depth", "heads", "kv_heads",
@@ -131,14 +132,21 @@ def on_device(batches: Iterator[HostBatch], on: Mesh) -> Any:
     return pipeline.prefetch_to_device(batches, lambda batch: mesh.put_batch(batch, sharding))
 
 
-def make_evaluation(setup: Setup, loader: Loader) -> Evaluate:
-    """Returns a function (weights, batch_stats, limit=None) -> what `make_evaluate` gives."""
+def make_evaluation(setup: Setup, loader: Loader, test: bool = False) -> Evaluate:
+    """Returns a function (weights, batch_stats, limit=None) -> what `make_evaluate` gives.
+
+    Args:
+      setup: of `make_setup`.
+      loader: the data.
+      test: evaluate on `loader.test`, which must be there, instead of `loader.evaluate`.
+    """
+    batches = loader.test if test and loader.test is not None else loader.evaluate
     evaluate = make_evaluate(setup.network.graphdef, loader.eval_preprocess)
 
     def evaluation(
         weights: PyTree, batch_stats: PyTree, limit: int | None = None
     ) -> dict[str, float]:
-        return evaluate(weights, batch_stats, on_device(loader.evaluate(limit), setup.mesh))
+        return evaluate(weights, batch_stats, on_device(batches(limit), setup.mesh))
 
     return evaluation
 
@@ -169,7 +177,8 @@ def make_network(config: ml_collections.FrozenConfigDict, pretrained: str) -> Ne
     elif not is_random(pretrained):
         weights = weights_of_run(Path(pretrained), params, batch_stats)
         params, batch_stats = jax.tree.map(jnp.asarray, weights)
-    return Network(graphdef, params, batch_stats, model.constrained)
+    constrained = {"": model.constrained, ALL: _KERNELS}.get(config.constrained, config.constrained)
+    return Network(graphdef, params, batch_stats, constrained)
 
 
 def weights_of_run(workdir: Path, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:

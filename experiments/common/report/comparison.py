@@ -1,0 +1,181 @@
+"""Tables and figures of a comparison of methods, from what its runs left."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from common.report.figures import COLORS, STYLE, save
+from common.report.tables import format_table
+from common.report.workdir import METHODS, Summary, read_metrics
+
+FULL_PRECISION = "full_precision"
+
+
+class Cell(NamedTuple):
+    """The runs of one method under one constraint, a seed each."""
+
+    constraint: str
+    method: str
+    summaries: Sequence[Summary]
+    folders: Sequence[Path]
+
+
+def cells(folder: Path) -> dict[tuple[str, str], Cell]:
+    """Returns the finished cells of a comparison by constraint and method, in METHODS' order."""
+    found = {}
+    for method in METHODS:
+        for path in sorted(folder.glob(f"*/{method}")):
+            runs = [run for run in sorted(path.glob("seed*")) if (run / "summary.json").exists()]
+            if runs:
+                constraint = path.parent.name
+                summaries = [Summary.read(run) for run in runs]
+                found[constraint, method] = Cell(constraint, method, summaries, runs)
+    return found
+
+
+def result(summary: Summary) -> float:
+    """The figure that a comparison reports: accuracy on the test set in percent, or nats a byte."""
+    if summary.experiment == "text_llama":
+        return float(summary.eval_loss if summary.test_loss is None else summary.test_loss)  # type: ignore[arg-type]
+    return 100 * (summary.top1 if summary.test_top1 is None else summary.test_top1)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Returns mean and sample deviation; of one value, that alone."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def results_table(folder: Path) -> str:
+    """One row per method, one column per constraint: mean and deviation over the seeds."""
+    found = cells(folder)
+    constraints = list(dict.fromkeys(constraint for constraint, _ in found))
+    rows = []
+    for method in dict.fromkeys(method for _, method in found):
+        row = [found.get((constraint, method)) for constraint in constraints]
+        runs = [summary for cell in row if cell for summary in cell.summaries]
+        digits = 3 if runs[0].experiment == "text_llama" else 2
+        rows.append(
+            [
+                METHODS[method],
+                *(
+                    spread(list(map(result, cell.summaries)), digits) if cell else ""
+                    for cell in row
+                ),
+                "" if method == FULL_PRECISION else f"{max(s.cfs_relative for s in runs):.1e}",
+                f"{np.mean([s.seconds for s in runs]):.0f}",
+                str(max(len(cell.summaries) for cell in row if cell)),
+            ]
+        )
+    header = ["method", *constraints, "CFS / scale, worst", "seconds a run", "seeds"]
+    return format_table(header, rows)
+
+
+def tuning_table(folder: Path) -> str:
+    """One row per method: how many trials, what they chose, and its figure on validation data."""
+    rows = []
+    for method in METHODS:
+        for file in sorted(folder.glob(f"*/{method}/chosen.json")):
+            record = json.loads(file.read_text())
+            trials, by = record["trials"], record["by"]
+            best, scores = trials[record["chosen"]], [trial[by] for trial in trials]
+            settings = ", ".join(f"{name} {value}" for name, value in best.items() if name != by)
+            shown: Callable[[float], str] = (
+                (lambda score: f"{score:.3f}")
+                if by == "eval_loss"
+                else (lambda score: f"{score:.2%}")
+            )
+            spread_of_trials = f"{shown(min(scores))} to {shown(max(scores))}"
+            rows.append(
+                [METHODS[method], str(len(trials)), settings, shown(best[by]), spread_of_trials]
+            )
+    header = ["method", "trials", "chosen", "on validation data", "all trials"]
+    return format_table(header, rows)
+
+
+def plot_accuracy_against_bits(path: Path, title: str, folder: Path) -> None:
+    """Plots each method's mean over bits a weight, with the deviation over the seeds."""
+    found = cells(folder)
+    methods = [
+        m for m in dict.fromkeys(m for _, m in found) if m not in (FULL_PRECISION, "rounding")
+    ]
+    order = {"binary": 0, "ternary": 1, "one_bit_shift": 2, "two_bit_shift": 3}
+    names = ("binary\n1 bit", "ternary\n2 bits", "one-bit shift\n3 bits", "two-bit shift\n3 bits")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for index, method in enumerate(methods):
+            mine = sorted(
+                (cell for (_, m), cell in found.items() if m == method),
+                key=lambda cell: order[cell.constraint],
+            )
+            values = [list(map(result, cell.summaries)) for cell in mine]
+            x = [order[cell.constraint] + 0.06 * (index - len(methods) / 2) for cell in mine]
+            deviations = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
+            axes.errorbar(
+                x, [np.mean(v) for v in values], deviations, color=COLORS[method],
+                label=METHODS[method], marker="o", markersize=4, capsize=2, linewidth=1,
+            )  # fmt: skip
+        full = [cell for (_, method), cell in found.items() if method == FULL_PRECISION]
+        if full:
+            mean = float(np.mean([result(summary) for summary in full[0].summaries]))
+            label = "full precision, trained on"
+            axes.axhline(
+                mean, color=COLORS[FULL_PRECISION], linestyle="--", linewidth=1, label=label
+            )
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylabel(_result_label(found))
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=8)
+        save(figure, path)
+
+
+def plot_over_steps(path: Path, title: str, folder: Path, constraint: str) -> None:
+    """Plots validation figure and CFS over steps: the mean of the seeds, and all between them."""
+    found = cells(folder)
+    text = next(iter(found.values())).summaries[0].experiment == "text_llama"
+    name, factor = ("eval_loss", 1.0) if text else ("top1", 100.0)
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, sharex=True, figsize=(6, 5), layout="constrained"
+        )
+        ends = []
+        for (of, method), cell in found.items():
+            if method in ("rounding", "binary_relax") or of not in (constraint,):
+                continue
+            rows = [read_metrics(run) for run in cell.folders]
+            if not all(rows):
+                continue
+            steps = [row["step"] for row in rows[0]]
+            style: Mapping[str, Any] = {"color": COLORS[method], "linewidth": 1.2}
+            for axes, field, scale in ((top, name, factor), (bottom, "cfs_relative", 1.0)):
+                if field not in rows[0][0]:
+                    continue
+                values = np.array([[scale * row[field] for row in run] for run in rows])
+                axes.plot(steps, values.mean(0), label=METHODS[method], **style)
+                low, high = values.min(0), values.max(0)
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+                if axes is top:
+                    ends += [*values[:, len(steps) // 4 :].ravel()]
+        low, high = np.percentile(ends, 5), np.max(ends)
+        if text:
+            low, high = np.min(ends), np.percentile(ends, 95)
+        top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        top.set_ylabel("validation loss [nats/byte]" if text else "validation accuracy [%]")
+        bottom.set_yscale("log")
+        bottom.set_ylabel("CFS / scale")
+        bottom.set_xlabel("step")
+        top.set_title(title, fontsize=10)
+        top.legend(fontsize=8, ncols=2)
+        save(figure, path)
+
+
+def _result_label(found: Mapping[tuple[str, str], Cell]) -> str:
+    text = next(iter(found.values())).summaries[0].experiment == "text_llama"
+    return "test loss [nats/byte]" if text else "test accuracy [%]"
