@@ -152,7 +152,7 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
     states = find_states(opt_state)
 
     def furthest_behind(name: str, pick: Callable[..., jax.Array]) -> jax.Array | None:
-        found = [getattr(state, name) for state in states if hasattr(state, name)]
+        found = [getattr(state, name) for state in states if name in state._fields]
         return pick(jnp.stack(found)) if found else None
 
     return Report(

@@ -29,6 +29,7 @@ _STYLE: dict[Any, Any] = {
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
 _COLORS = {
     "cbp": _CBP,
+    "closing": "#7a3fa0",
     "no_window": "#cc79a7",
     "ste": _STE,
     "parq": "#e69f00",
