@@ -81,7 +81,7 @@ def test_a_settled_config_is_frozen_and_the_callers_unchanged():
     ("changes", "message"),
     [
         ({"phase": "train"}, "phase='train' is none of pretrain, post_train"),
-        ({"method": "magic"}, "method='magic' is none of cbp, no_window, ste"),
+        ({"method": "magic"}, "method='magic' is none of cbp, "),
         ({"constraint": "quaternary"}, "constraint='quaternary' is none of binary, ternary"),
         ({"multiplier_rule": "lion"}, "multiplier_rule='lion' is none of adam, capped"),
         ({"epochs": 0}, "epochs=0 must be positive"),
