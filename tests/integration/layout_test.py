@@ -5,7 +5,7 @@ import ast
 import pytest
 from pages import ROOT
 
-COMMON = ("config", "input", "models", "report", "training", "study", "launch")
+COMMON = ("config", "input", "models", "report", "training", "study", "comparison", "launch")
 LIBRARY = (
     "step_function", "constraints", "level_sets", "masking", "rules", "scales", "state",
     "straight_through", "lagrangian", "transform", "course", "recipe", "metrics", "description",
