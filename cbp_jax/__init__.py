@@ -1,6 +1,7 @@
 """CBP quantization for JAX: binary, ternary and power-of-two weights through one optax link."""
 
 from cbp_jax.constraints import Constraint
+from cbp_jax.course import closing
 from cbp_jax.deploy.inference import make_predict
 from cbp_jax.deploy.onnx_export import export_onnx
 from cbp_jax.deploy.packed_file import load_packed, save_packed
@@ -24,7 +25,7 @@ from cbp_jax.metrics import (
     relative_weights,
 )
 from cbp_jax.recipe import cbp_sgd, keep_params_in_box
-from cbp_jax.state import CBPState, STEState, quantize, refit_scales, window
+from cbp_jax.state import CBPState, ClosingState, STEState, quantize, refit_scales, window
 from cbp_jax.straight_through import ste
 from cbp_jax.transform import cbp
 
@@ -41,13 +42,16 @@ __all__ = [  # noqa: RUF022
     "ternary",
     "two_bit_shift",
     "uniform",
-    # The link, the paper's recipe around it, and the straight-through estimator alone
+    # The link, the paper's recipe around it, CBP by the number of steps, and the straight-through
+    # estimator alone
     "cbp",
     "cbp_sgd",
+    "closing",
     "keep_params_in_box",
     "ste",
     # Forward weights, and the optimizer state they depend on
     "CBPState",
+    "ClosingState",
     "STEState",
     "check_description",
     "describe",

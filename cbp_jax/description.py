@@ -8,7 +8,7 @@ import optax
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import path_string
-from cbp_jax.state import CBPState, find_states, state_paths
+from cbp_jax.state import STEState, find_states, state_paths
 
 _FORMAT = 1
 _MOST_SHOWN = 10  # differences in an error
@@ -51,7 +51,7 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
                 "levels": list(constraint.levels),
                 "scale_shape": list(scale.shape),
             }
-        if isinstance(state, CBPState):
+        if not isinstance(state, STEState):
             multipliers = jax.tree.leaves(state.multipliers)
             for (path, _), multiplier in zip(constrained, multipliers, strict=True):
                 leaves[path_string(path)]["shape"] = list(multiplier.shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.masking import PyTree, path_string
-from cbp_jax.state import CBPState, ConstrainedLeaf, constrained_leaves, find_states, float_dtype
+from cbp_jax.state import ConstrainedLeaf, constrained_leaves, find_states, float_dtype
 
 # A weight counts as on its level when it is within this share of the scale.
 ON_LEVEL = 0.01
@@ -99,23 +99,19 @@ class Report:
             "max",
         )
         lines = aligned([header, *map(_table_row, self.layers)])
-        if self.window is not None:
-            lines += self._schedule()
+        if self.window is not None and self.steps is not None:
+            lines += self._schedule(float(self.window), int(self.steps))
         flagged = [layer.layer for layer in self.layers if layer.bad_scales > 0]
         if flagged:
             lines.append(f"scale 0 or not finite, so not constrained: {', '.join(flagged)}")
         return "\n".join(lines)
 
-    def _schedule(self) -> list[str]:
-        steps, updates, skipped = (
-            int(number)  # type: ignore[arg-type]
-            for number in (self.steps, self.multiplier_updates, self.skipped_values)
-        )
+    def _schedule(self, window: float, steps: int) -> list[str]:
+        if self.multiplier_updates is None or self.skipped_values is None:
+            return [f"window {window:.4g} after {steps:,} steps"]
+        updates, skipped = int(self.multiplier_updates), int(self.skipped_values)
         plural = "" if updates == 1 else "s"
-        lines = [
-            f"window {float(self.window):.4g}, "  # type: ignore[arg-type]
-            f"{updates:,} multiplier update{plural} in {steps:,} steps"
-        ]
+        lines = [f"window {window:.4g}, {updates:,} multiplier update{plural} in {steps:,} steps"]
         if steps and updates <= 1:
             lines.append(
                 "only the first update so far: "
@@ -153,10 +149,11 @@ def layer_report(params: PyTree, opt_state: optax.OptState) -> Report:
       kernel  binary            3    0.5     0.6667          33.33%                0    0
       window 1, 0 multiplier updates in 0 steps
     """
-    states = [state for state in find_states(opt_state) if isinstance(state, CBPState)]
+    states = find_states(opt_state)
 
     def furthest_behind(name: str, pick: Callable[..., jax.Array]) -> jax.Array | None:
-        return pick(jnp.stack([getattr(state, name) for state in states])) if states else None
+        found = [getattr(state, name) for state in states if name in state._fields]
+        return pick(jnp.stack(found)) if found else None
 
     return Report(
         tuple(map(_report_leaf, constrained_leaves(params, opt_state))),

@@ -51,6 +51,19 @@ class CBPState(NamedTuple):
     multiplier_updates: jax.Array
 
 
+class ClosingState(NamedTuple):
+    """State of `closing`; trees and "float" as in `CBPState`."""
+
+    # shape=(), int32: steps taken, saturating
+    count: jax.Array  # type: ignore[assignment]
+    constraints: PyTree
+    multipliers: PyTree  # in units of the root mean square of the leaf's gradient
+    weight_scale: PyTree
+    window: jax.Array  # shape=(), float: that of the last step
+    mean_square: PyTree  # per leaf, shape=(): of its gradient, a running mean from 0
+    inner: optax.OptState
+
+
 class STEState(NamedTuple):
     """State of the `ste` link: what `quantize` needs; trees as in `CBPState`."""
 
@@ -58,7 +71,7 @@ class STEState(NamedTuple):
     weight_scale: PyTree
 
 
-State = CBPState | STEState
+State = CBPState | ClosingState | STEState
 
 
 class ConstrainedLeaf(NamedTuple):
@@ -147,7 +160,8 @@ def window(opt_state: optax.OptState) -> jax.Array:
 
     Reference: Kim and Jeong (2021), section 3.2.
     """
-    windows = [state.window for state in find_states(opt_state) if isinstance(state, CBPState)]
+    states = find_states(opt_state)
+    windows = [state.window for state in states if not isinstance(state, STEState)]
     if not windows:
         raise ValueError("`ste` has no window: give the state of an optimizer with cbp_jax.cbp")
     return windows[0] if len(windows) == 1 else jnp.min(jnp.stack(windows))
@@ -243,6 +257,27 @@ def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[Constr
     return [found[path] for path in weights if path in found]
 
 
+def pair_all(params: PyTree | None, state: State) -> list[ConstrainedLeaf]:
+    """Pairs parameters with one link's state.
+
+    Raises:
+      ValueError: if there are no parameters, or the state does not know one of them.
+    """
+    if params is None:
+        raise ValueError(
+            "cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)"
+        )
+    weights = dict(flatten_with_paths(params))
+    leaves = pair_with_state(weights, state)
+    unknown = weights.keys() - {path for path, _ in state_paths(state)}
+    if unknown:
+        raise ValueError(
+            f"the state does not know {', '.join(sorted(map(path_string, unknown))[:5])}: "
+            "give the parameters that the optimizer's init was given"
+        )
+    return leaves
+
+
 def state_paths(state: State) -> list[tuple[Path, Constraint | optax.MaskedNode]]:
     """Returns all leaves that a state knows, with a `MaskedNode` for unconstrained ones."""
     return flatten_with_paths(state.constraints, is_leaf=is_rule)
@@ -274,7 +309,7 @@ def pair_with_state(weights: dict[Path, Any], state: State) -> list[ConstrainedL
         )
     scales = jax.tree.leaves(state.weight_scale)
     multipliers: list[jax.Array | None] = [None] * len(scales)
-    if isinstance(state, CBPState):
+    if not isinstance(state, STEState):
         multipliers = jax.tree.leaves(state.multipliers)
     leaves = []
     for (path, constraint), multiplier, scale in zip(constrained, multipliers, scales, strict=True):

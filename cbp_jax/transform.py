@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,7 @@ from cbp_jax.state import (
     ConstrainedLeaf,
     float_dtype,
     is_rule,
-    pair_with_state,
-    state_paths,
+    pair_all,
 )
 from cbp_jax.straight_through import check_axes, is_placeholder, measure
 
@@ -114,8 +113,8 @@ def cbp(
     Reference: Kim and Jeong (2021), algorithm 1.
     """
     rules = compile_rules(constraint)
-    steps_per_epoch = _check_count("steps_per_epoch", steps_per_epoch)
-    patience = _check_count("patience", patience)
+    steps_per_epoch = check_count("steps_per_epoch", steps_per_epoch)
+    patience = check_count("patience", patience)
     if isinstance(initial_window, int | float | np.number) and not initial_window >= 1:
         raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
     kept_axes = check_axes(scale_axis)
@@ -126,22 +125,9 @@ def cbp(
     )
     grow = _default_growth if window_growth is None else window_growth
 
-    def zeros(rule: Constraint | optax.MaskedNode, node: PyTree) -> PyTree:
-        def like(w: jax.Array) -> jax.Array:
-            dtype = multiplier_dtype or jnp.promote_types(w.dtype, jnp.float32)
-            return _zeros_sharded_like(w, dtype)
-
-        # A multiplier stays inside its NNX variable, which annotates the sharding.
-        return jax.tree.map(like, node) if isinstance(rule, Constraint) else rule
-
     def init_fn(params: PyTree) -> CBPState:
         constraints, scales = measure(rules, mask, params, kept_axes, scale_fn)
-        # optax's `tree_map_params` wants to find its placeholder where the multipliers are.
-        multipliers = (
-            params
-            if is_placeholder(params)
-            else jax.tree.map(zeros, constraints, params, is_leaf=is_rule)
-        )
+        multipliers = zero_multipliers(constraints, params, multiplier_dtype)
         return CBPState(
             count=jnp.zeros((), jnp.int32),
             step_in_epoch=jnp.zeros((), jnp.int32),
@@ -167,7 +153,7 @@ def cbp(
         **extra_args: Any,
     ) -> tuple[PyTree, CBPState]:
         del extra_args
-        leaves = _pair_all(params, state)
+        leaves = pair_all(params, state)
         if value is None and not (isinstance(patience, int) and patience == 1):
             warnings.warn(
                 "cbp's update got no value: without the Lagrangian the window grows by patience "
@@ -177,7 +163,6 @@ def cbp(
             )
         state = _start_of_epoch(state, leaves, ascent, grow, patience)
 
-        grads = dict(flatten_with_paths(updates))
         multipliers = jax.tree.leaves(state.multipliers)
         leaves = [
             leaf._replace(multiplier=multiplier)
@@ -186,16 +171,11 @@ def cbp(
         total, window = (
             (None, state.window) if value is None else constraint_sum(leaves, state.window)
         )
-        for (path, w, rule, scale, _), multiplier in zip(leaves, multipliers, strict=True):
-            grad = grads.get(path)
-            if grad is None:
-                raise ValueError(
-                    f"the updates lack {path_string(path)!r}, which is constrained: "
-                    "give the gradients of all parameters"
-                )
-            constraint_grad = multiplier * rule.violation_grad(w, scale, window)
-            grads[path] = (grad + constraint_grad).astype(grad.dtype)
-        updates = jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
+        forces = [
+            multiplier * leaf.constraint.violation_grad(leaf.weight, leaf.scale, window)
+            for leaf, multiplier in zip(leaves, multipliers, strict=True)
+        ]
+        updates = add_to_updates(updates, leaves, forces)
         return updates, _end_of_step(state, value, total, steps_per_epoch)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -278,28 +258,11 @@ def _increment_where(condition: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(condition, optax.safe_increment(count), count)
 
 
-def _pair_all(params: PyTree | None, state: CBPState) -> list[ConstrainedLeaf]:
-    """Pairs parameters with the state; raises ValueError if it does not know one of them."""
-    if params is None:
-        raise ValueError(
-            "cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)"
-        )
-    weights = dict(flatten_with_paths(params))
-    leaves = pair_with_state(weights, state)
-    unknown = weights.keys() - {path for path, _ in state_paths(state)}
-    if unknown:
-        raise ValueError(
-            f"the state does not know {', '.join(sorted(map(path_string, unknown))[:5])}: "
-            "give the parameters that the optimizer's init was given"
-        )
-    return leaves
-
-
 def _default_growth(window: jax.Array) -> jax.Array:
     return jnp.where(window < 10, window + 1, window + 10)
 
 
-def _check_count(name: str, number: Any) -> Any:
+def check_count(name: str, number: Any) -> Any:
     """Checks a Python or numpy number; values above int32 are clamped (never reached)."""
     if isinstance(number, jax.Array):  # under `inject_hyperparams`
         return number
@@ -310,6 +273,47 @@ def _check_count(name: str, number: Any) -> Any:
             f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})"
         )
     return min(int(number), 2**31 - 1)
+
+
+def zero_multipliers(constraints: PyTree, params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
+    """Returns a multiplier of 0 per constrained weight, sharded like it.
+
+    Args:
+      constraints: of `straight_through.measure`.
+      params: the parameters.
+      dtype: None: `promote_types(w.dtype, float32)`.
+    """
+    if is_placeholder(params):
+        return params  # optax's `tree_map_params` looks for it
+
+    def zeros(rule: Constraint | optax.MaskedNode, node: PyTree) -> PyTree:
+        def like(w: jax.Array) -> jax.Array:
+            return _zeros_sharded_like(w, dtype or jnp.promote_types(w.dtype, jnp.float32))
+
+        # A multiplier stays inside its NNX variable, which annotates the sharding.
+        return jax.tree.map(like, node) if isinstance(rule, Constraint) else rule
+
+    return jax.tree.map(zeros, constraints, params, is_leaf=is_rule)
+
+
+def add_to_updates(
+    updates: PyTree, leaves: Sequence[ConstrainedLeaf], terms: Sequence[jax.Array]
+) -> PyTree:
+    """Adds a term to the update of each constrained leaf, in the update's dtype.
+
+    Raises:
+      ValueError: if the updates lack one of the leaves.
+    """
+    grads = dict(flatten_with_paths(updates))
+    for leaf, term in zip(leaves, terms, strict=True):
+        grad = grads.get(leaf.path)
+        if grad is None:
+            raise ValueError(
+                f"the updates lack {path_string(leaf.path)!r}, which is constrained: "
+                "give the gradients of all parameters"
+            )
+        grads[leaf.path] = (grad + term).astype(grad.dtype)
+    return jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
 
 
 def _zeros_sharded_like(w: jax.Array, dtype: DTypeLike) -> jax.Array:

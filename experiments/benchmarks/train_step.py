@@ -24,7 +24,7 @@ from common.input import augment
 from common.input.batch import Batch
 from common.report.tables import format_table
 from common.training import optimizers, preflight
-from common.training.methods import make_method
+from common.training.methods import Method, make_method
 from common.training.step import TrainState, init_state, latent, make_train_step
 from flax import nnx
 
@@ -51,16 +51,16 @@ class Candidate:
         model = models.create(_NETWORK.value, _NUM_CLASSES.value, dtype=dtype, rngs=nnx.Rngs(0))
         graphdef, params, batch_stats = models.split_model(model)
         if method == PLAIN:
-            optimizer, weights_fn = optimizers.pretraining(config, 1000), latent
+            made = Method(optimizers.pretraining(config, 1000), latent, latent)
         else:
-            optimizer, weights_fn, *_ = make_method(config, 1000, model.constrained)
+            made = make_method(config, 1000, model.constrained)
 
         def preprocess(batch: Batch, key: jax.Array) -> jax.Array:
             del key
             return augment.preprocess(batch, dtype)
 
-        self._state = init_state(params, batch_stats, optimizer)
-        step: Any = make_train_step(graphdef, optimizer, weights_fn, preprocess)
+        self._state = init_state(params, batch_stats, made.optimizer)
+        step: Any = make_train_step(graphdef, made.optimizer, made.weights_fn, preprocess)
         self._step = step.lower(self._state, batch).compile()
         self.bytes = preflight.memory_needed(self._step)
         self._batch = batch

@@ -21,10 +21,13 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.network = network
     config.constraint = "binary"  # or ternary, one_bit_shift, two_bit_shift
     config.phase = "post_train"  # or pretrain: full precision, from random weights
-    # Or, as in the paper's ablation, no_window (g = infinity from the start), ste (no multipliers);
-    # parq, binary_relax (forward weights drawn to their levels along an annealing); rounding
-    # (trained on in full precision, then rounded), full_precision (trained on, never rounded).
+    # Or closing (CBP by the number of steps); no_window (g = infinity from the start, as in the
+    # paper's ablation); ste (no multipliers); parq, binary_relax (forward weights drawn to their
+    # levels along an annealing); rounding (trained on in full precision, then rounded);
+    # full_precision (trained on, never rounded).
     config.method = "cbp"
+    config.closes_at = 0.8  # of closing: the share of the run after which weights are on levels
+    config.strength = 10.0  # of closing: of its multipliers, in units of the gradient
     # Of parq and binary_relax: the shares of the run between which forward weights are annealed.
     config.anneal_start = 0.0
     config.anneal_end = 0.8  # from here on they are quantized

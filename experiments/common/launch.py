@@ -9,13 +9,16 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from common.config import ConfigError
+
+if TYPE_CHECKING:
+    from common.comparison import Comparison
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 
@@ -45,6 +48,20 @@ def study(config: ml_collections.ConfigDict) -> None:
         from common import study
 
         study.run(config, Path(workdir or f"runs/{config.experiment}"))
+
+    _launch(config, train)
+
+
+def comparison(
+    config: ml_collections.ConfigDict,
+    make: "Callable[[ml_collections.ConfigDict], Comparison]",
+) -> None:
+    """Parses the flags, and runs `common.comparison` of what `make` makes of the config."""
+
+    def train(config: ml_collections.ConfigDict, workdir: str) -> None:
+        from common import comparison
+
+        comparison.run(make(config), Path(workdir or f"runs/study/{config.ground}"))
 
     _launch(config, train)
 

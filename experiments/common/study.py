@@ -75,9 +75,9 @@ def run(
     base.constraint = cbp_jax.CONSTRAINTS[0]  # of no account in pre-training
     pretrain = Entry(PRETRAIN, {"phase": "pretrain"})
     from_pretrained = {"pretrained": str(workdir / PRETRAIN)}
-    _finish(base, workdir, pretrain)
+    finish(base, workdir, pretrain)
     summaries = [
-        _finish(base, workdir, entry._replace(changes={**from_pretrained, **entry.changes}))
+        finish(base, workdir, entry._replace(changes={**from_pretrained, **entry.changes}))
         for entry in runs
     ]
     table = results_table(summaries)
@@ -88,7 +88,7 @@ def run(
     return summaries
 
 
-def _finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Summary:
+def finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Summary:
     """Runs an entry, or reads its summary if it is finished."""
     config, folder = ml_collections.ConfigDict(base.to_dict()), workdir / entry.name
     config.update(entry.changes)

@@ -29,6 +29,7 @@ _STYLE: dict[Any, Any] = {
 _CBP, _STE, _FULL, _WINDOW = "#0072b2", "#d55e00", "#555555", "#009e73"
 _COLORS = {
     "cbp": _CBP,
+    "closing": "#7a3fa0",
     "no_window": "#cc79a7",
     "ste": _STE,
     "parq": "#e69f00",
@@ -37,7 +38,6 @@ _COLORS = {
     "full_precision": "#000000",
 }
 _TRIANGLES: dict[str, Any] = {"marker": "v", "linestyle": "none", "markersize": 4}
-_LEGEND = 5  # entries in a line
 _SHARES = (1, 5, 10, 20, 30, 50, 75, 100)  # ticks of the histograms, in percent
 
 
@@ -83,10 +83,9 @@ def plot_training(
         handles += _plot_window(bottom, runs["cbp"]) if "cbp" in runs else []
         figure.align_ylabels([top, bottom])
         figure.suptitle(title, fontsize=10)
+        columns = len(handles) if len(handles) <= 5 else 4
         spacing = {"columnspacing": 1.2, "handlelength": 1.4, "handletextpad": 0.5}
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), _LEGEND), **spacing
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, **spacing)
         _save(figure, path)
 
 
@@ -190,7 +189,7 @@ def _save(figure: Figure, path: Path) -> None:
 def draw_run(
     folder: Workdir, summary: Summary, after: Mapping[str, np.ndarray], midway: str | None
 ) -> None:
-    """Draws a run's figures: accuracy and CFS over epochs, weights of each constrained layer.
+    """Draws a run's figures: accuracy and CFS over epochs, and the weights of each layer.
 
     Args:
       folder: of the run, with its metrics and the weights of earlier moments.
@@ -198,13 +197,10 @@ def draw_run(
       after: the weights at the end, by layer, in units of their scale.
       midway: the title of the moment midway; None if there was none.
     """
-    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')}"
-    title += " weights" if summary.constrained else ""
+    title = f"{summary.experiment}, {summary.constraint.replace('_', '-')} weights"
     runs = {summary.method: read_metrics(folder.path)}
     path = folder.path / "figures"
     plot_training(path / "training.png", title, runs, summary.full_precision_top1)
-    if not summary.constrained:
-        return
     moments = {"before": folder.load_weights("before")}
     if midway:
         moments[f"midway: {midway}"] = folder.load_weights("midway")

@@ -17,6 +17,7 @@ from common.report import deploy
 PyTree = Any
 METHODS = {  # of post-training, as tables and figures say
     "cbp": "CBP",
+    "closing": "CBP, closing",
     "no_window": "CBP, no window",
     "ste": "STE",
     "parq": "PARQ",

@@ -51,6 +51,7 @@ def make_method(
     | --- | --- | --- |
     | "cbp", the paper's recipe | quantized | quantized |
     | "no_window", which constrains all weights from the start | quantized | quantized |
+    | "closing", CBP by the number of steps | quantized | quantized |
     | "ste" | quantized | quantized |
     | "binary_relax" | mixed with quantized ones | quantized |
     | "parq" | PARQ's map | quantized |
@@ -72,11 +73,21 @@ def make_method(
     clip, inner = optimizers.clip(config), optimizers.inner(config, steps_per_epoch)
     if config.method == "full_precision":
         return Method(_chain(clip=clip, inner=inner), latent, latent)
+    box = optax.identity() if config.optimizer == "adamw" else _within_one(mask)
+    if config.method == "closing":
+        closing = cbp_jax.closing(
+            _chain(inner=inner, box=box),
+            config.constraint,
+            config.epochs * steps_per_epoch,
+            closes_at=config.closes_at,
+            strength=config.strength,
+            mask=mask,
+        )
+        return Method(_chain(clip=clip, closing=closing), cbp_jax.quantize, cbp_jax.quantize)
     link = cbp_jax.ste(config.constraint, mask=mask)
     if config.method == "rounding":
         optimizer = _chain(constraint=link, clip=clip, inner=inner)
         return Method(optimizer, latent, _quantize_refitted, cbp_jax.refit_scales)
-    box = optax.identity() if config.optimizer == "adamw" else _within_one(mask)
     if config.method == "ste":
         optimizer = _chain(constraint=link, clip=clip, inner=inner, box=box)
         return Method(optimizer, cbp_jax.quantize, cbp_jax.quantize)

@@ -64,15 +64,17 @@ def _learning_rate(opt_state: optax.OptState) -> float:
 
 @jax.jit
 def _constraint_metrics(state: TrainState) -> dict[str, jax.Array]:
-    """The Lagrangian is summed over the epoch; it and the window are those of multipliers."""
+    """The Lagrangian, that of `cbp`, is summed over the epoch; `ste` has no window either."""
     params, opt_state = state.params, state.opt_state
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, cbp_jax.CBPState))
-    return {
-        name: value
-        for node in nodes
-        if isinstance(node, cbp_jax.CBPState)
-        for name, value in (("lagrangian", node.lagrangian_sum), ("window", node.window))
-    } | {
+    links = (cbp_jax.CBPState, cbp_jax.ClosingState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, links))
+    found = {}
+    for node in nodes:
+        if isinstance(node, links):
+            found["window"] = node.window
+        if isinstance(node, cbp_jax.CBPState):
+            found["lagrangian"] = node.lagrangian_sum
+    return found | {
         "cfs": cbp_jax.constraint_failure_score(params, opt_state),
         "cfs_relative": cbp_jax.constraint_failure_score(params, opt_state, relative=True),
     }

@@ -10,6 +10,7 @@ from tqdm import tqdm
 # The graphic takes what the rest leaves; the rate is known before the first figures.
 _LABELS = {
     "cbp": "",
+    "closing": " closing",
     "no_window": " g=inf",
     "ste": " STE",
     "parq": " PARQ",

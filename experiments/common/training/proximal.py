@@ -66,8 +66,8 @@ def binary_relax(
     Reference: Yin et al., "BinaryRelax: a relaxation approach for training deep neural networks
       with quantized weights", SIAM Journal on Imaging Sciences, 2018.
     """
-    w = jnp.asarray(w)
-    return ((1 - theta) * w + theta * constraint.quantize(w, scale)).astype(w.dtype)
+    w, share = jnp.asarray(w), jnp.asarray(theta)
+    return ((1 - share) * w + share * constraint.quantize(w, scale)).astype(w.dtype)
 
 
 def rise(step: ArrayLike, start: ArrayLike, end: ArrayLike) -> jax.Array:

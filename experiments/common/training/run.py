@@ -149,12 +149,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 raise Stopped(stop.status)
 
     summary = _summarize(config, row, now(), state)
-    if config.phase == "post_train":
-        after: dict[str, np.ndarray] = {}
-        if setup.constrained:
-            deployed = deployed_state(state, setup)
-            summary = _deploy(summary, folder, deployed, setup, evaluate)
-            after = relative_weights(deployed)
+    if setup.constrained:
+        deployed = deployed_state(state, setup)
+        summary = _deploy(summary, folder, deployed, setup, evaluate)
+        after = relative_weights(deployed)
         if jax.process_index() == 0:
             draw_run(folder, summary, after, record.midway)
     folder.write_summary(summary)

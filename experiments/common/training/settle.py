@@ -127,6 +127,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
         ("warmup_steps", 0, math.inf),
         ("clip_norm", 0, math.inf),
         ("b2", 0, 1),
+        ("closes_at", 1e-6, 1),
+        ("strength", 0, math.inf),
         ("anneal_steepness", 0.01, 100),  # where its sigmoid is computed without overflow
         ("distillation", 0, 1),
         ("temperature", 0.01, 1000),

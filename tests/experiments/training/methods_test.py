@@ -52,9 +52,6 @@ def assert_equal_trees(tree, other):
 
 def test_every_method_has_its_label_and_its_colour():
     assert METHODS.keys() == figures._COLORS.keys()
-    for method in METHODS:
-        for optimizer in ("sgd", "adamw"):
-            steps_of(make_method(config_of(method, optimizer=optimizer), 1, "kernel").optimizer, 1)
 
 
 def test_multipliers_of_the_ablation():

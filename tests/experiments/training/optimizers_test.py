@@ -1,4 +1,4 @@
-"""The optimizers of a run: learning rates by step, inner optimizers, the rules of the multipliers."""
+"""The parts of a run's optimizer: learning rates by step, AdamW, the rules of the multipliers."""
 
 import imagenet_alexnet
 import imagenet_resnet18
@@ -98,15 +98,17 @@ def test_adamw_by_its_definition():
     config = config_of(imagenet_resnet18)
     config.update(
         {
+            "phase": "pretrain",
             "optimizer": "adamw",
             "b2": 0.9,
             "weight_decay": 0.1,
             "clip_norm": 1.0,
             "schedule": "linear",
+            "warmup_epochs": 0,
+            "pretrain_epochs": 1,
+            "pretrain_learning_rate": 0.1,
         }
     )
-    config.update({"phase": "pretrain", "pretrain_epochs": 1, "pretrain_learning_rate": 0.1})
-    config.warmup_epochs = 0
     optimizer = optimizers.pretraining(config, 10)
     params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}
     grads = {"kernel": jnp.array([[3.0, 0.3]]), "bias": jnp.array([4.0])}

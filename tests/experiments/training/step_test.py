@@ -96,7 +96,7 @@ def test_without_a_share_the_teacher_changes_nothing():
 
 def test_a_teacher_moves_the_student_towards_itself():
     """With the whole share, and by a gradient through the student alone."""
-    after, loss, student, teacher = distilled(1.0, 1.0, labels=(9,) * 6)
+    after, loss, _, teacher = distilled(1.0, 1.0, labels=(9,) * 6)
     graphdef = models.split_model(SmallConvNet(num_classes=10, channels=2, rngs=nnx.Rngs(0)))[0]
     model = nnx.merge(graphdef, after.params, after.batch_stats)
     model.train()

@@ -1,0 +1,159 @@
+"""CBP by the number of steps: an optimizer's constrained weights are on their levels in time."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.masking import PyTree, flatten_with_paths
+from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
+from cbp_jax.scales import ScaleFn
+from cbp_jax.state import ClosingState, ConstrainedLeaf, float_dtype, pair_all
+from cbp_jax.straight_through import check_axes, measure
+from cbp_jax.transform import add_to_updates, check_count, zero_multipliers
+
+_DECAY = 0.95  # of the running mean of the squared gradients
+
+
+def closing(
+    inner: optax.GradientTransformation,
+    constraint: ConstraintSpec,
+    total_steps: int,
+    *,
+    closes_at: float = 0.8,
+    strength: float = 10.0,
+    mask: MaskSpec = None,
+    scale_axis: int | tuple[int, ...] | None = None,
+    scale_fn: ScaleFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """CBP around any optimizer, with a window that closes by the number of steps.
+
+    The paper's rule, `cbp_jax.cbp`, needs a multiplier rate in the unit of the loss's gradient, and
+    epochs and patience such that the window closes in time. This one needs the number of steps.
+    With the progress `p`, which rises from 0 to 1 over the first `closes_at * total_steps` calls,
+    and the root mean square `r` of the leaf's gradient, a running one:
+
+        window        g = 1 / (1 - p)
+        multiplier    += strength * (change of p^3) * violation(w, g) / scale
+        updates       = inner(gradient + r * multiplier * violation_grad(w, g))
+
+    So a multiplier has no unit. It grows slowly while weights shall be free to change their level,
+    and fast at the end. Then, as the window is infinite, constrained weights are put on their
+    levels, `w = q(w)`, and stay there, while the others (norm parameters, biases, first and last
+    layers) and the batch statistics settle.
+
+    Args:
+      inner: the optimizer of all parameters, such as `optax.adamw(schedule)`.
+      constraint: as in `cbp_jax.cbp`.
+      total_steps: calls of `update` in the whole run; under `optax.MultiSteps`, emitted updates.
+      closes_at: share of the run after which all constrained weights are on their levels.
+      strength: the multiplier that a weight ends with whose violation is one scale all along.
+      mask: as in `cbp_jax.cbp`.
+      scale_axis: as in `cbp_jax.cbp`.
+      scale_fn: as in `cbp_jax.cbp`.
+
+    Returns:
+      An optimizer with a `ClosingState`; `init(params)` measures the scales, so call it after
+      loading the pre-trained weights; `update(updates, state, params)` passes further arguments on
+      to `inner`, and needs no `value`.
+
+    Raises:
+      ValueError: as `cbp_jax.cbp` does; or if `closes_at` is not in (0, 1] or `strength` negative.
+      TypeError: from `init`, if a leaf to be constrained is not floating.
+
+    Example:
+      >>> import cbp_jax, jax, jax.numpy as jnp, optax
+      >>> optimizer = cbp_jax.closing(optax.adam(1e-2), "ternary", total_steps=100)
+      >>> params = {"kernel": jnp.array([[0.5, -0.1], [0.3, 0.9]])}
+      >>> state = optimizer.init(params)
+      >>> loss_fn = lambda params: jnp.sum((params["kernel"] - 0.4) ** 2)
+      >>> for _ in range(100):
+      ...     grads = jax.grad(loss_fn)(cbp_jax.quantize(params, state))
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(cbp_jax.constraint_failure_score(params, state))
+      0.0
+
+    Reference: Kim and Jeong (2021) for multipliers and window; the course is this project's, with
+      the experiments that led to it in `docs/methods.md`.
+    """
+    rules, kept_axes = compile_rules(constraint), check_axes(scale_axis)
+    total_steps = check_count("total_steps", total_steps)
+    if isinstance(closes_at, int | float) and not 0 < closes_at <= 1:
+        raise ValueError(f"closes_at must be a share of the run, in (0, 1], got {closes_at!r}")
+    if isinstance(strength, int | float) and not strength >= 0:
+        raise ValueError(f"strength must not be negative, got {strength!r}")
+    optimizer = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> ClosingState:
+        constraints, scales = measure(rules, mask, params, kept_axes, scale_fn)
+        return ClosingState(
+            count=jnp.zeros((), jnp.int32),
+            constraints=constraints,
+            multipliers=zero_multipliers(constraints, params),
+            weight_scale=scales,
+            window=jnp.ones((), float_dtype()),
+            mean_square=jax.tree.map(lambda scale: jnp.zeros((), scale.dtype), scales),
+            inner=optimizer.init(params),
+        )
+
+    def update_fn(
+        updates: PyTree, state: ClosingState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, ClosingState]:
+        leaves = pair_all(params, state)
+        # The last two of these calls put weights on their levels: the sum of the first may round.
+        steps = jnp.maximum(jnp.asarray(closes_at * total_steps, float_dtype()) - 2, 1)
+        p, after = (jnp.minimum((state.count + n) / steps, 1) for n in (0, 1))
+        window, closed = 1 / (1 - p), p >= 1
+        rise = (after - p) * (after**2 + after * p + p**2)  # of p^3, without cancellation
+
+        grads = dict(flatten_with_paths(updates))
+        squares, multipliers, forces = [], [], []
+        old = (jax.tree.leaves(tree) for tree in (state.mean_square, state.multipliers))
+        for leaf, mean_square, multiplier in zip(leaves, *old, strict=True):
+            square = _running_mean(mean_square, grads.get(leaf.path))
+            size = jnp.sqrt(square / (1 - _DECAY ** (state.count + 1)))
+            violation = leaf.constraint.violation(leaf.weight, leaf.scale, window)
+            grown = strength * rise * violation / jnp.where(leaf.scale > 0, leaf.scale, 1)
+            multiplier += grown.astype(multiplier.dtype)
+            gradient = leaf.constraint.violation_grad(leaf.weight, leaf.scale, window)
+            squares.append(square)
+            multipliers.append(multiplier)
+            forces.append(size * multiplier * gradient)
+
+        updates = add_to_updates(updates, leaves, forces)
+        updates, inner_state = optimizer.update(updates, state.inner, params, **extra_args)
+        updates = _put_on_levels(updates, leaves, closed)
+        return updates, state._replace(
+            count=optax.safe_increment(state.count),
+            multipliers=_unflatten_like(state.multipliers, multipliers),
+            window=jnp.asarray(window, state.window.dtype),
+            mean_square=_unflatten_like(state.mean_square, squares),
+            inner=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _running_mean(mean_square: jax.Array, gradient: jax.Array | None) -> jax.Array:
+    """The running mean of the squared gradient; a gradient that is not finite does not count."""
+    if gradient is None:
+        return mean_square  # `add_to_updates` raises
+    square = jnp.mean(jnp.square(gradient.astype(mean_square.dtype)))
+    new = _DECAY * mean_square + (1 - _DECAY) * square
+    return jnp.where(jnp.isfinite(square), new, mean_square)
+
+
+def _put_on_levels(updates: PyTree, leaves: list[ConstrainedLeaf], closed: jax.Array) -> PyTree:
+    """Changes the updates so that constrained weights go to their levels, once it has closed."""
+    steps = dict(flatten_with_paths(updates))
+    for leaf in leaves:
+        step = steps[leaf.path]
+        to_level = leaf.constraint.quantize(leaf.weight, leaf.scale) - leaf.weight
+        steps[leaf.path] = jnp.where(closed & (leaf.scale > 0), to_level.astype(step.dtype), step)
+    return jax.tree.unflatten(jax.tree.structure(updates), list(steps.values()))
+
+
+def _unflatten_like(tree: PyTree, leaves: list[jax.Array]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)

@@ -1,0 +1,126 @@
+"""Methods of post-training side by side: each tuned alike on validation data, then several seeds.
+
+    python experiments/study.py --config.ground=fashion_mnist --workdir=runs/study/fashion_mnist
+    python experiments/study.py --config.ground=resnet20 --config.pretrained=FILE \\
+        --workdir=runs/study/resnet20
+    python experiments/study.py --config.ground=text_llama --config.text=FILE \\
+        --workdir=runs/study/text_llama
+
+FILE are the weights of ResNet-20 of akamaster/pytorch_resnet_cifar10, and a text.
+Rerun the same command to resume. `experiments/update_pages.py` makes tables and figures of what the
+runs left in `experiments/results/study`.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import cifar10_resnet20
+import fashion_mnist
+import ml_collections
+import text_llama
+from common import launch
+
+if TYPE_CHECKING:
+    from common.comparison import Comparison
+
+CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
+METHODS = (
+    "full_precision", "rounding", "ste", "binary_relax", "parq", "no_window", "cbp", "closing",
+)  # fmt: skip
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.ground = "fashion_mnist"  # or resnet20, text_llama
+    config.methods = METHODS
+    config.constraints = CONSTRAINTS
+    config.tuned_on = "binary"
+    config.seeds = 3
+    config.epochs = 0  # 0: those of the ground
+    config.pretrained = ""  # of resnet20: the file
+    config.text = ""  # of text_llama: the file
+    config.data_dir = ""  # empty: TFDS_DATA_DIR
+    config.teacher = ""  # or pretrained: distillation, for all methods
+    config.constrained = ""  # or all: first and last layer too
+    config.distributed = False
+    return config
+
+
+def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns the config of a run on a ground."""
+    ground = {
+        "fashion_mnist": _fashion_mnist,
+        "resnet20": _resnet20,
+        "text_llama": _text_llama,
+    }[config.ground]
+    base = ground()
+    base.update({name: config[name] for name in ("data_dir", "teacher", "constrained")})
+    base.pretrained, base.text = config.pretrained, config.text
+    if config.epochs:
+        base.epochs = config.epochs
+    if "methods" in base:
+        del base.methods
+    base.constraint = config.tuned_on
+    return base
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+    config = fashion_mnist.get_config()
+    config.width = 24  # so narrow that binary weights cost a point
+    config.epochs = 60  # 6,000 steps
+    config.steps_per_epoch = 100
+    config.validation_images = 10_000
+    config.reestimate_batches = 50
+    config.checkpoint_epochs = 60
+    return config
+
+
+def _resnet20() -> ml_collections.ConfigDict:
+    config = cifar10_resnet20.get_config()
+    config.normalization = "imagenet"  # what the others' weights expect
+    config.epochs = 10
+    config.steps_per_epoch = 351  # 45,000 images
+    config.validation_images = 5_000
+    config.reestimate_batches = 50
+    config.eval_batch_size = 1000
+    config.checkpoint_steps = 100
+    config.keep_checkpoints = 1
+    return config
+
+
+def _text_llama() -> ml_collections.ConfigDict:
+    return text_llama.get_config()
+
+
+def trials(ground: str, method: str) -> list[Mapping[str, Any]]:
+    """Six settings of each method: three learning rates, and two values of what else it has."""
+    rates = (5e-4, 1e-3, 2e-3) if ground == "text_llama" else (1e-2, 3e-2, 1e-1)
+    other: dict[str, Sequence[Any]] = {"schedule": ("cosine", "linear")}
+    if method == "closing":
+        other = {"closes_at": (0.6, 0.8)}
+    elif method in ("parq", "binary_relax"):
+        other = {"anneal_end": (0.8, 1.0)}
+    elif method in ("cbp", "no_window"):
+        other = {"multiplier_learning_rate": (1e-3, 3e-3)}
+    (name, values), *_ = other.items()
+    return [
+        {"learning_rate": rate, name: value} for rate, value in itertools.product(rates, values)
+    ]
+
+
+def comparison(config: ml_collections.ConfigDict) -> "Comparison":
+    from common.comparison import Comparison  # slow to import, as `launch` says
+
+    return Comparison(
+        base=base_config(config),
+        constraints=config.constraints,
+        tuned_on=config.tuned_on,
+        trials={method: trials(config.ground, method) for method in config.methods},
+        seeds=config.seeds,
+        better="eval_loss" if config.ground == "text_llama" else "top1",
+    )
+
+
+if __name__ == "__main__":
+    launch.comparison(get_config(), comparison)
