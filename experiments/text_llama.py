@@ -17,7 +17,7 @@ from common.config import small_config
 def get_config() -> ml_collections.ConfigDict:
     config = small_config("text_llama", "llama")
     config.constraint = "ternary"
-    config.methods = ("full_precision", "rounding", "ste", "parq", "binary_relax", "cbp")
+    config.methods = ("full_precision", "rounding", "ste", "parq", "binary_relax", "cbp", "closing")
     config.data = "text"
     config.text = ""  # a file, or a folder of .txt and .py files; empty: the standard library
     config.num_classes = 256
