@@ -17,7 +17,7 @@ from common.config import small_config
 def get_config() -> ml_collections.ConfigDict:
     config = small_config("text_llama", "llama")
     config.constraint = "ternary"
-    config.methods = ("full_precision", "rounding", "ste", "parq", "binary_relax", "cbp")
+    config.methods = ("full_precision", "rounding", "ste", "parq", "binary_relax", "cbp", "closing")
     config.data = "text"
     config.text = ""  # a file, or a folder of .txt and .py files; empty: the standard library
     config.num_classes = 256
@@ -41,8 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.1
     config.pretrain_learning_rate = 2e-3
     config.learning_rate = 1e-3
-    # In the unit of the gradient, which is smaller here than with images.
-    config.multiplier_learning_rate = 3e-3
+    config.multiplier_learning_rate = 3e-3  # not tuned
     config.patience = 1
     return config
 

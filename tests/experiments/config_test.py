@@ -13,7 +13,14 @@ import ml_collections
 import pytest
 from absl import flags
 from common import models
-from common.training.settle import check_resumable, is_random, is_torch_file, saved_config, settle
+from common.training.settle import (
+    check_resumable,
+    is_constrained,
+    is_random,
+    is_torch_file,
+    saved_config,
+    settle,
+)
 from ml_collections import config_flags
 from run_support import digits_config
 
@@ -74,10 +81,16 @@ def test_a_settled_config_is_frozen_and_the_callers_unchanged():
     ("changes", "message"),
     [
         ({"phase": "train"}, "phase='train' is none of pretrain, post_train"),
-        ({"method": "magic"}, "method='magic' is none of cbp, no_window, ste"),
+        ({"method": "magic"}, "method='magic' is none of cbp, "),
         ({"constraint": "quaternary"}, "constraint='quaternary' is none of binary, ternary"),
         ({"multiplier_rule": "lion"}, "multiplier_rule='lion' is none of adam, capped"),
         ({"epochs": 0}, "epochs=0 must be positive"),
+        ({"optimizer": "lion"}, "optimizer='lion' is none of sgd, adamw"),
+        ({"schedule": "step"}, "schedule='step' is none of '', constant, cosine, linear"),
+        ({"distillation": 1.5}, "distillation=1.5 must be from 0 to 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be from 0.01 to 1000"),
+        ({"anneal_start": 0.9}, "anneal_start=0.9 and anneal_end=0.8 are shares of the run"),
+        ({"teacher": "pretrained"}, "teacher=pretrained, but --config.pretrained='random' names"),
         ({"learning_rate": None}, "learning_rate is None"),
     ],
 )
@@ -120,6 +133,14 @@ def test_what_may_change_on_resume():
     message = r"constraint ternary -> binary, seed 0 -> 5; use the saved values"
     with pytest.raises(ValueError, match=message):
         check_resumable(saved, settle(digits_config(seed=5, constraint="binary", epochs=9)))
+    with pytest.raises(ValueError, match="optimizer sgd -> adamw, teacher  -> elsewhere; use"):
+        check_resumable(saved, settle(digits_config(optimizer="adamw", teacher="elsewhere")))
+
+
+def test_where_weights_end_on_levels():
+    assert is_constrained(settle(digits_config(method="rounding")))
+    assert not is_constrained(settle(digits_config(method="full_precision")))
+    assert not is_constrained(settle(digits_config(phase="pretrain")))
 
 
 def test_where_weights_come_from(tmp_path):

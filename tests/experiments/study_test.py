@@ -67,6 +67,15 @@ def test_the_entries_of_a_config():
     assert entry == ("binary_no_window", {"constraint": "binary", "method": "no_window"})
 
 
+def test_full_precision_runs_once_whatever_the_constraints():
+    names = [
+        e.name for e in study.entries(digits_study(constraint="all", methods=("full_precision",)))
+    ]
+    assert names == ["full_precision"]
+    both = study.entries(digits_study(methods=("parq", "full_precision")))
+    assert [entry.name for entry in both] == ["full_precision", "ternary_parq"]
+
+
 def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
     """Not even after the folder has moved, but they are not mistaken for others."""
     workdir = shutil.copytree(finished[0], tmp_path / "study")

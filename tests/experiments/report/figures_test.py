@@ -76,6 +76,21 @@ def test_run_without_window_has_no_axis_for_it(drawn, tmp_path):
     assert len(drawn[0].axes) == 2
 
 
+def test_what_a_method_does_not_have_leaves_a_gap(drawn, tmp_path):
+    """No window under STE, and no CFS either in full precision."""
+    ste, full = ([dict(row) for row in rows([0.7, 0.9])] for _ in range(2))
+    for row in (*ste, *full):
+        del row["window"]
+    for row in full:
+        del row["cfs_relative"]
+    runs = {"ste": ste, "full_precision": full, "cbp": rows([0.8, 0.9])}
+    figures.plot_training(tmp_path / "f" / "t.png", "title", runs, 0.95)
+    top, bottom, _ = drawn[0].axes
+    assert len(lines_with(top, [1, 2])) == 3
+    visible = [line for line in lines_with(bottom, [1, 2]) if np.isfinite(line.get_ydata()).all()]
+    assert len(visible) == 2
+
+
 def test_histograms_share_one_scale(drawn, tmp_path):
     rng = np.random.default_rng(0)
     snapshots = {

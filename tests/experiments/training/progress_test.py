@@ -24,7 +24,7 @@ def test_the_bars_of_a_study(environment, tmp_path):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("method", ["cbp", "ste", "no_window"])
+@pytest.mark.parametrize("method", ["cbp", "ste", "no_window", "binary_relax"])
 def test_the_longest_figures_fit(method):
     """Days to go, the longest of names, and a window that grew by a factor."""
     config = digits_config(constraint="two_bit_shift", method=method)
