@@ -100,7 +100,7 @@ def trials(method: str, rates: Sequence[float]) -> list[Mapping[str, Any]]:
     if method == "closing":
         other = {"closes_at": (0.6, 0.8)}
     elif method in ("parq", "binary_relax"):
-        other = {"anneal_end": (0.8, 1.0)}
+        other = {"anneal_end": (0.6, 0.8)}
     elif method in ("cbp", "no_window"):
         other = {"multiplier_learning_rate": (1e-3, 3e-3)}
     (name, values), *_ = other.items()
