@@ -3,6 +3,8 @@
     python experiments/study.py --config.ground=fashion_mnist --workdir=runs/study/fashion_mnist
     python experiments/study.py --config.ground=resnet20 --config.pretrained=FILE \\
         --workdir=runs/study/resnet20
+    python experiments/study.py --config.ground=fashion_mnist --config.ablation \\
+        --config.constraints="('binary','ternary')" --workdir=runs/study/course
     python experiments/study.py --config.ground=text_llama --config.text=FILE \\
         --workdir=runs/study/text_llama
 
@@ -37,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.constraints = CONSTRAINTS
     config.tuned_on = "binary"
     config.seeds = 3
+    config.ablation = False  # closing alone: when it closes, and how strong its multipliers are
     config.learning_rates = ()  # that each method tries; empty: three of the ground's
     config.epochs = 0  # 0: those of the ground
     config.pretrained = ""  # of resnet20: the file
@@ -111,6 +114,19 @@ def trials(method: str, rates: Sequence[float]) -> list[Mapping[str, Any]]:
     ]
 
 
+def ablation(rate: float) -> dict[str, list[Mapping[str, Any]]]:
+    """Variants of closing at one learning rate; of strength 0 are weights put on their levels."""
+    variants = itertools.product((0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (10.0, 0.0))
+    chosen = [*variants, (0.8, 1.0), (0.8, 100.0)]
+    fixed = {"method": "closing", "learning_rate": rate}
+    return {
+        f"closes at {share}, strength {strength:g}": [
+            {**fixed, "closes_at": share, "strength": strength}
+        ]
+        for share, strength in chosen
+    }
+
+
 def comparison(config: ml_collections.ConfigDict) -> "Comparison":
     from common.comparison import Comparison  # slow to import, as `launch` says
 
@@ -120,7 +136,9 @@ def comparison(config: ml_collections.ConfigDict) -> "Comparison":
         base=base_config(config),
         constraints=config.constraints,
         tuned_on=config.tuned_on,
-        trials={method: trials(method, rates) for method in config.methods},
+        trials=ablation(rates[-1])
+        if config.ablation
+        else {method: trials(method, rates) for method in config.methods},
         seeds=config.seeds,
         better="eval_loss" if config.ground == "text_llama" else "top1",
     )

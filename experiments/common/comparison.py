@@ -26,7 +26,8 @@ class Comparison(NamedTuple):
     base: ml_collections.ConfigDict  # of a run
     constraints: Sequence[str]
     tuned_on: str  # the constraint whose trials choose the settings for all
-    trials: Mapping[str, Sequence[Changes]]  # by method
+    # By method; a name of the study's own needs trials that have the field `method`.
+    trials: Mapping[str, Sequence[Changes]]
     seeds: int
     better: str  # the figure of a summary that chooses: top1 or eval_loss
 

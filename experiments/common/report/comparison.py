@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+import cbp_jax
 from common.report.figures import COLORS, STYLE, save
 from common.report.tables import format_table
 from common.report.workdir import METHODS, Summary, read_metrics
@@ -29,15 +30,19 @@ class Cell(NamedTuple):
 
 def cells(folder: Path) -> dict[tuple[str, str], Cell]:
     """Returns the finished cells of a comparison by constraint and method, in METHODS' order."""
-    found = {}
-    for method in METHODS:
-        for path in sorted(folder.glob(f"*/{method}")):
-            runs = [run for run in sorted(path.glob("seed*")) if (run / "summary.json").exists()]
-            if runs:
-                constraint = path.parent.name
-                summaries = [Summary.read(run) for run in runs]
-                found[constraint, method] = Cell(constraint, method, summaries, runs)
+    order, found = [*METHODS], {}
+    runs = [file.parent for file in sorted(folder.glob("*/*/seed*/summary.json"))]
+    paths = sorted({run.parent for run in runs}, key=lambda path: (_rank(path.name, order), path))
+    for path in paths:
+        constraint, method = path.parent.name, path.name
+        mine = [run for run in runs if run.parent == path]
+        found[constraint, method] = Cell(constraint, method, list(map(Summary.read, mine)), mine)
     return found
+
+
+def _rank(name: str, order: Sequence[str]) -> int:
+    """Methods come in their order, and what a study names itself after them."""
+    return order.index(name) if name in order else len(order)
 
 
 def result(summary: Summary) -> float:
@@ -56,7 +61,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def results_table(folder: Path) -> str:
     """One row per method, one column per constraint: mean and deviation over the seeds."""
     found = cells(folder)
-    constraints = list(dict.fromkeys(constraint for constraint, _ in found))
+    constraints = sorted({c for c, _ in found}, key=cbp_jax.CONSTRAINTS.index)
     rows = []
     for method in dict.fromkeys(method for _, method in found):
         row = [found.get((constraint, method)) for constraint in constraints]
@@ -64,7 +69,7 @@ def results_table(folder: Path) -> str:
         digits = 3 if runs[0].experiment == "text_llama" else 2
         rows.append(
             [
-                METHODS[method],
+                METHODS.get(method, method),
                 *(
                     spread(list(map(result, cell.summaries)), digits) if cell else ""
                     for cell in row
@@ -106,7 +111,7 @@ def plot_accuracy_against_bits(path: Path, title: str, folder: Path) -> None:
     methods = [
         m for m in dict.fromkeys(m for _, m in found) if m not in (FULL_PRECISION, "rounding")
     ]
-    order = {"binary": 0, "ternary": 1, "one_bit_shift": 2, "two_bit_shift": 3}
+    order = {constraint: index for index, constraint in enumerate(cbp_jax.CONSTRAINTS)}
     names = ("binary\n1 bit", "ternary\n2 bits", "one-bit shift\n3 bits", "two-bit shift\n3 bits")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
