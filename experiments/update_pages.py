@@ -16,6 +16,7 @@ Fashion-MNIST and CIFAR-10:
     python experiments/cifar10_resnet20.py --workdir=$resnet20/binary --config.constraint=binary \\
       --config.pretrained=$resnet20/pretrain --config.steps_per_epoch=50 --config.epochs=40 \\
       --config.patience=1 --config.multiplier_learning_rate=3e-3
+    python experiments/study.py --workdir=$results/study/fashion_mnist
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
     python experiments/update_pages.py
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from benchmarks import closing, page, timing
+from common.report import comparison
 from common.report.tables import format_table
 from common.report.workdir import METHODS, Summary, read_metrics
 
@@ -125,6 +127,27 @@ def advice_table() -> str:
     return closing.table([found[key] for key in _ADVICE])
 
 
+def study_tables() -> dict[str, str]:
+    """Results and tuning of each ground of `study.py`."""
+    found = {}
+    for folder in sorted((RESULTS / "study").iterdir()):
+        found[f"study-{folder.name}"] = comparison.results_table(folder)
+        if any(folder.glob("*/*/chosen.json")):
+            found[f"study-{folder.name}-tuning"] = comparison.tuning_table(folder)
+    return found
+
+
+def draw_study() -> None:
+    """Draws the figures of each ground of `study.py` beside its runs."""
+    for folder in sorted((RESULTS / "study").iterdir()):
+        figures = folder / "figures"
+        title = folder.name.replace("_", " ")
+        if len({constraint for constraint, _ in comparison.cells(folder)}) > 1:
+            comparison.plot_accuracy_against_bits(figures / "bits.png", title, folder)
+        if list(folder.glob("binary/*/seed*/metrics.jsonl")):
+            comparison.plot_over_steps(figures / "binary.png", f"{title}, binary", folder, "binary")
+
+
 def tables() -> dict[str, str]:
     """Every table by the name in its markers."""
     return {
@@ -133,6 +156,7 @@ def tables() -> dict[str, str]:
         "fashion_mnist-seeds": seeds_table("fashion_mnist"),
         "cifar10_resnet20": short_run_table("cifar10_resnet20"),
         "closing": advice_table(),
+        **study_tables(),
         "cost": page.aims(),
     }
 
@@ -160,6 +184,7 @@ def filled(texts: Sequence[str], contents: Mapping[str, str]) -> list[str]:
 
 
 def main() -> None:
+    draw_study()
     texts = [path.read_text() for path in pages()]
     try:
         new = filled(texts, tables())

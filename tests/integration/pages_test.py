@@ -14,7 +14,9 @@ from pages import PAGES, ROOT, block, broken_links, prose_words
 import cbp_jax
 
 OTHER_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "experiments/README.md")
-EXAMPLE, DEPLOY, LIGHT, NNX, LINEN = map(block, ("example", "deploy", "light", "nnx", "linen"))
+EXAMPLE, DEPLOY, LIGHT, NNX, LINEN, CLOSING = map(
+    block, ("example", "deploy", "light", "nnx", "linen", "closing")
+)
 
 
 def test_example(capsys):
@@ -75,6 +77,17 @@ def test_deployment(tmp_path, monkeypatch, capsys):
     )
     assert "two_bit_shift" in capsys.readouterr().out
     assert (tmp_path / "weights.safetensors").exists()
+
+
+def test_closing_by_the_number_of_steps():
+    params = {"kernel": jnp.array([[0.5, -0.301], [0.3, 0.9]])}
+
+    def loss_fn(weights, batch):
+        return jnp.mean((batch @ weights["kernel"] - 1) ** 2)
+
+    namespace = {"cbp_jax": cbp_jax, "optax": optax, "jax": jax, "params": params}
+    exec(CLOSING, namespace | {"loss_fn": loss_fn, "batch": jnp.eye(2)})
+    assert "total_steps=1000" in CLOSING
 
 
 def test_the_light_setting():
