@@ -1,13 +1,14 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
+from common.config import ConfigError
 from common.input.batch import PADDING, HostBatch, Loader, Preprocess, eval_batch_size
 from common.input.sources import open_tfds
 
@@ -77,25 +78,75 @@ def in_memory_loader(
     train_preprocess: Preprocess,
     eval_preprocess: Preprocess,
 ) -> Loader:
-    """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch."""
+    """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch.
+
+    Raises:
+      ConfigError: if `config.validation_images` leaves no image to train on.
+    """
     host, hosts = jax.process_index(), jax.process_count()
 
+    def evaluation(
+        images: np.ndarray, labels: np.ndarray
+    ) -> Callable[[int | None], Iterator[HostBatch]]:
+        def evaluate(limit: int | None) -> Iterator[HostBatch]:
+            some = images, labels
+            if limit and limit < len(labels):
+                index = spread(len(labels), limit)
+                some = images[index], labels[index]
+            for batch in padded_batches(*some, eval_batch_size(config)):
+                yield {name: array[host::hosts] for name, array in batch.items()}
+
+        return evaluate
+
+    images, labels = dataset.train_images, dataset.train_labels
+    evaluate, test = evaluation(dataset.test_images, dataset.test_labels), None
+    eval_images = len(dataset.test_labels)
+    if config.validation_images:
+        kept, held = hold_out(labels, config.validation_images)
+        evaluate, test = evaluation(images[held], labels[held]), evaluate
+        images, labels, eval_images = images[kept], labels[kept], len(held)
+
     def train(start: int) -> Iterator[HostBatch]:
-        order = shuffled_batches(len(dataset.train_labels), config.batch_size, config.seed)
+        order = shuffled_batches(len(labels), config.batch_size, config.seed)
         for index in itertools.islice(order, start, None):
             mine = index[host::hosts]
-            yield {"image": dataset.train_images[mine], "label": dataset.train_labels[mine]}
+            yield {"image": images[mine], "label": labels[mine]}
 
-    def evaluate(limit: int | None) -> Iterator[HostBatch]:
-        images, labels = dataset.test_images, dataset.test_labels
-        if limit and limit < len(labels):
-            index = np.arange(limit) * len(labels) // limit
-            images, labels = images[index], labels[index]
-        for batch in padded_batches(images, labels, eval_batch_size(config)):
-            yield {name: array[host::hosts] for name, array in batch.items()}
+    preprocess = train_preprocess, eval_preprocess
+    return Loader(len(labels), eval_images, train, evaluate, *preprocess, test)
 
-    counts = len(dataset.train_labels), len(dataset.test_labels)
-    return Loader(*counts, train, evaluate, train_preprocess, eval_preprocess)
+
+def spread(size: int, count: int) -> np.ndarray:
+    """Returns `count` of the indices below `size`, evenly spread."""
+    return np.arange(count) * size // count
+
+
+def hold_out(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divides a training set; the same way for all runs, so that they compare.
+
+    The images are shuffled within each class, and evenly spread ones are held out: of each class,
+    its share of `count` to within one image.
+
+    Args:
+      labels: of the training images.
+      count: images to hold out.
+
+    Returns:
+      Indices of the images to train on and of those held out, both increasing.
+
+    Raises:
+      ConfigError: if no image would be left to train on.
+    """
+    size = len(labels)
+    if count >= size:
+        raise ConfigError(
+            f"--config.validation_images={count} leaves none of the {size} training images: give "
+            "fewer"
+        )
+    order = np.random.default_rng(0).permutation(size)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    held = np.sort(by_class[spread(size, count)])
+    return np.setdiff1d(np.arange(size), held), held
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

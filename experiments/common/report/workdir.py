@@ -20,7 +20,10 @@ METHODS = {"ste": "STE", "no_window": "CBP, no window", "cbp": "CBP"}  # as tabl
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """`summary.json`. Accuracies are fractions, of the quantized weights; sizes are in bytes."""
+    """`summary.json`. Accuracies are fractions, of the quantized weights; sizes are in bytes.
+
+    They are measured on the validation images where some were held out, else on the test images.
+    """
 
     experiment: str
     constraint: str  # or "full precision"
@@ -37,6 +40,9 @@ class Summary:
     seconds: float
     bytes_file: int | None = None  # of the packed file, with batch statistics and its header
     file_top1: float | None = None  # of the weights read back from it
+    # On the test images, measured once; None where the other accuracies are measured on them.
+    test_top1: float | None = None
+    full_precision_test_top1: float | None = None
 
     @classmethod
     def read(cls, workdir: Path) -> "Summary":

@@ -19,9 +19,15 @@ from common.report import deploy
 from common.report.figures import draw_run
 from common.report.workdir import Summary, Workdir, float32_bytes, packed_bytes
 from common.training import mesh
+from common.training.batch_statistics import make_reestimate
 from common.training.checkpoints import Checkpoints
 from common.training.loop import Meter, Stopped, StopRequest
-from common.training.metrics import all_finite, epoch_row, relative_weights
+from common.training.metrics import (
+    all_finite,
+    epoch_row,
+    evaluated_weights,
+    relative_weights,
+)
 from common.training.preflight import preflight
 from common.training.restore import Record, restore_state, save_state
 from common.training.settle import check_resumable, saved_config, settle
@@ -75,6 +81,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         shardings,
     )
     evaluate = make_evaluation(setup, loader)
+    reestimate = make_reestimate(
+        setup.network.graphdef, setup.weights_fn, loader.train_preprocess, shardings
+    )
 
     record = Record(loader.train_images, setup.steps_per_epoch)
     if resumes:
@@ -105,6 +114,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         if constrained and not resumes:
             accuracy = evaluate(state.params, state.batch_stats)
             record = record._replace(full_precision_top1=accuracy["top1"])
+            if loader.test:
+                accuracy = evaluate(state.params, state.batch_stats, test=True)
+                record = record._replace(full_precision_test_top1=accuracy["top1"])
             folder.save_weights("before", relative_weights(state))
 
         with Meter(config, step, setup.total_steps) as meter, StopRequest() as stop:
@@ -128,6 +140,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 state, loss = train_step(state, batch)
                 step += 1
                 meter.step(loss)
+                if step == setup.total_steps and config.reestimate_batches:
+                    state = reestimate(state, itertools.islice(batches, config.reestimate_batches))
                 if _checkpoint_is_due(config, setup, step):  # first: the evaluation takes a while
                     _save(checkpoints, state, now())
             if step < setup.total_steps:
@@ -137,7 +151,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 log(f"stopped at {at}, saved; rerun the same command to resume")
                 raise Stopped(stop.status)
 
-    summary = _summarize(config, row, now(), state)
+    test_top1 = None
+    if loader.test:
+        weights = evaluated_weights(state, setup)
+        test_top1 = evaluate(weights, state.batch_stats, test=True)["top1"]
+    summary = _summarize(config, row, now(), state, test_top1)
     if constrained:
         summary = _deploy(summary, folder, state, setup, evaluate)
         after = relative_weights(state)
@@ -218,7 +236,11 @@ def _keep_midway(record: Record, row: dict[str, Any], state: TrainState, folder:
 
 
 def _summarize(
-    config: ml_collections.FrozenConfigDict, row: dict[str, Any], record: Record, state: TrainState
+    config: ml_collections.FrozenConfigDict,
+    row: dict[str, Any],
+    record: Record,
+    state: TrainState,
+    test_top1: float | None,
 ) -> Summary:
     constrained = config.phase == "post_train"
     float32 = float32_bytes(state.params)
@@ -236,6 +258,8 @@ def _summarize(
         bytes_packed=packed_bytes(state.params, state.opt_state) if constrained else float32,
         bytes_float32=float32,
         seconds=record.seconds,
+        test_top1=test_top1,
+        full_precision_test_top1=record.full_precision_test_top1 if constrained else test_top1,
     )
 
 
