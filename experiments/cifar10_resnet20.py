@@ -4,6 +4,16 @@
     python experiments/cifar10_resnet20.py --config.pretrained=runs/resnet20 \\
         --config.constraint=binary --workdir=runs/resnet20_binary
 
+Or post-trains a network that others trained, such as akamaster/pytorch_resnet_cifar10's; they
+normalised images with ImageNet's mean and deviation (ResNet-56 is `--config.depth=9`):
+
+    python experiments/cifar10_resnet20.py --config.pretrained=resnet20-12fca82f.th \\
+        --config.normalization=imagenet --config.constraint=binary --workdir=runs/others_binary
+
+`--config.validation_images=5000` holds images out of training and measures the test images once, at
+the end. Others have trained on the images held out, so such a network's accuracy on them says
+little before it is quantized.
+
 Rerun the same command to resume. Meant for an accelerator; `experiments/update_pages.py` has the
 settings of a run cut short for a CPU.
 """

@@ -4,7 +4,9 @@
     python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent
     python experiments/evaluate.py --network=resnet50 --pretrained=resnet50.pth --data_dir=DIR
 
-A run's `config.json` says what it is; `--data`, `--data_dir` and `--batch_size` may differ.
+A run's `config.json` says what it is; `--data`, `--data_dir` and `--batch_size` may differ. Where
+the run held out validation images, it is evaluated on them, as in `metrics.jsonl`; `--test` takes
+the test images.
 """
 
 import sys
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> None:
             weights = {"network": FLAGS.network, "pretrained": FLAGS.pretrained}
             scores = evaluate_file({**weights, **changes}, limit)
         else:
-            run = restore(Path(FLAGS.workdir), changes, limit)
+            run = restore(Path(FLAGS.workdir), changes, limit, FLAGS.test)
             scores = evaluate_run(run, FLAGS.weights == "latent")
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -110,4 +112,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "The folder of the data.")
     flags.DEFINE_integer("batch_size", 0, "Images at a time.")
     flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
+    flags.DEFINE_bool("test", False, "On the test images, though others were held out.")
     app.run(main)

@@ -34,12 +34,8 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.anneal_steepness = 10.0  # of parq's sigmoid
     # A .pth or .safetensors file, the workdir of a run, or "random": post-train random weights.
     config.pretrained = ""
-    # Pattern of the paths of the parameters to constrain; all: every kernel. Empty: the network's
-    # own, which leaves the first and the last layer free, as in the paper.
-    config.constrained = ""
-    # Batch statistics are estimated anew at the end of post-training from so many training batches,
-    # with the weights that are deployed; 0: they are the running ones.
-    config.reestimate_batches = 0
+    # Which parameters: a pattern of their paths, or "all": every kernel, first and last layer too.
+    config.constrained = ""  # empty: the network's own, which leaves both free, as in the paper
     config.seed = 0
     # Post-training with the outputs of a network of the same kind as targets: pretrained (the
     # weights it starts from), a PyTorch file, or the workdir of a run (its latent weights).
@@ -54,13 +50,13 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.data_dir = ""  # empty: TFDS_DATA_DIR, or TFDS's default
     config.num_classes = 1000
     config.image_size = 224
-    # Of data sets in memory: so many training images, always the same ones, are kept from training
-    # and measured after each epoch; the test images are measured once, at the end. 0: they are
-    # measured after each epoch.
-    config.validation_images = 0
-    # Of cifar10's images: imagenet (mean and deviation) is what akamaster's networks expect.
-    config.normalization = "cifar10"
     config.resize = 256  # of the shorter side, in validation
+    # So many training images are held out, the same ones whatever the seed: metrics.jsonl is
+    # measured on them, and the test images once, at the end. 0: metrics.jsonl on the test images.
+    config.validation_images = 0
+    # Of cifar10's pixels: cifar10's mean and deviation, or imagenet's, as the weights were trained.
+    # Empty: those of the run that `pretrained` names, else cifar10; a PyTorch file needs a choice.
+    config.normalization = ""
     config.color_jitter = 0.2  # brightness, contrast and saturation are scaled by 1 ± this
     config.workers = -1  # processes that decode photos; -1: one per core; 0: none but the main one
 
@@ -88,6 +84,9 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.patience = 20
     config.window_factor = 0.0  # of the window from 10 on; 0: steps of 10, as in the paper
     config.weight_decay = 1e-4
+    # After the last step, batch statistics become averages over so many training batches, with the
+    # quantized weights; 0: they stay the running ones.
+    config.reestimate_batches = 0
     config.pretrain_epochs = 90
     config.pretrain_learning_rate = 0.1  # falls to 0 along a cosine, or as schedule says
     # Of fields that are None, the value for each constraint.

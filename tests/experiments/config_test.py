@@ -13,6 +13,7 @@ import ml_collections
 import pytest
 from absl import flags
 from common import models
+from common.config import ConfigError
 from common.training.settle import (
     check_resumable,
     is_constrained,
@@ -84,6 +85,9 @@ def test_a_settled_config_is_frozen_and_the_callers_unchanged():
         ({"method": "magic"}, "method='magic' is none of cbp, "),
         ({"constraint": "quaternary"}, "constraint='quaternary' is none of binary, ternary"),
         ({"multiplier_rule": "lion"}, "multiplier_rule='lion' is none of adam, capped"),
+        ({"normalization": "none"}, "normalization='none' is none of cifar10, imagenet"),
+        ({"validation_images": -1}, "validation_images=-1 must not be negative"),
+        ({"reestimate_batches": -1}, "reestimate_batches=-1 must not be negative"),
         ({"epochs": 0}, "epochs=0 must be positive"),
         ({"optimizer": "lion"}, "optimizer='lion' is none of sgd, adamw"),
         ({"schedule": "step"}, "schedule='step' is none of '', constant, cosine, linear"),
@@ -123,6 +127,33 @@ def test_how_googlenet_normalises_its_input(tmp_path):
     )  # a resumed run
     config.pretrained, config.transform_input = "googlenet.pth", False
     assert settle(config).transform_input is False
+
+
+def test_how_cifar10_is_normalised(tmp_path):
+    """As the weights were trained: those of a run say it, and for a PyTorch file the user does."""
+    config = cifar10_resnet20.get_config()
+    (tmp_path / "config.json").write_text('{"normalization": "imagenet"}')
+    for pretrained, expected in (("random", "cifar10"), (str(tmp_path), "imagenet")):
+        config.pretrained = pretrained
+        assert settle(config).normalization == expected
+    assert settle(config, saved={"normalization": "cifar10"}).normalization == "cifar10"
+    assert settle(config, saved={}).normalization == "cifar10"  # a run from before the field
+    config.pretrained = "resnet20.th"
+    with pytest.raises(ConfigError, match=r"resnet20\.th does not say how.*give imagenet"):
+        settle(config)
+    config.normalization = "imagenet"
+    assert settle(config).normalization == "imagenet"
+    assert settle(digits_config()).normalization == ""
+
+
+def test_pretrained_weights_have_not_seen_the_validation_images(tmp_path):
+    (tmp_path / "config.json").write_text('{"data": "digits", "validation_images": 50}')
+    settle(digits_config(pretrained=str(tmp_path), validation_images=50))
+    with pytest.raises(ConfigError, match=r"validation_images=60, but .* held out 50"):
+        settle(digits_config(pretrained=str(tmp_path), validation_images=60))
+    (tmp_path / "config.json").write_text('{"data": "digits"}')  # from before the field
+    with pytest.raises(ConfigError, match="held out 0"):
+        settle(digits_config(pretrained=str(tmp_path), validation_images=60))
 
 
 def test_what_may_change_on_resume():

@@ -31,9 +31,12 @@ class Loader(NamedTuple):
     evaluate: Callable[[int | None], Iterator[HostBatch]]
     train_preprocess: Preprocess
     eval_preprocess: Preprocess
-    # Like `evaluate`, on test images that the run has not seen otherwise; None: there are none, or
-    # `evaluate` sees them.
+    # Likewise of the test images, where `evaluate` has validation images; None: they are the same.
     test: Callable[[int | None], Iterator[HostBatch]] | None = None
+
+    def evaluation(self, test: bool = False) -> Callable[[int | None], Iterator[HostBatch]]:
+        """Returns `evaluate`, or what gives the test images."""
+        return (test and self.test) or self.evaluate
 
 
 def eval_batch_size(config: ml_collections.ConfigDict) -> int:

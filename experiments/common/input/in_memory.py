@@ -1,8 +1,7 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
-import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -81,52 +80,68 @@ def in_memory_loader(
 ) -> Loader:
     """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch.
 
-    With `config.validation_images`, training leaves these out, and they are what is evaluated.
+    Raises:
+      ConfigError: if `config.validation_images` leaves no image to train on.
     """
-    held_out = None
-    if config.validation_images:
-        dataset, held_out = hold_out(dataset, config.validation_images)
     host, hosts = jax.process_index(), jax.process_count()
 
+    def evaluation(
+        images: np.ndarray, labels: np.ndarray
+    ) -> Callable[[int | None], Iterator[HostBatch]]:
+        def evaluate(limit: int | None) -> Iterator[HostBatch]:
+            some = images, labels
+            if limit and limit < len(labels):
+                index = spread(len(labels), limit)
+                some = images[index], labels[index]
+            for batch in padded_batches(*some, eval_batch_size(config)):
+                yield {name: array[host::hosts] for name, array in batch.items()}
+
+        return evaluate
+
+    images, labels = dataset.train_images, dataset.train_labels
+    evaluate, test = evaluation(dataset.test_images, dataset.test_labels), None
+    eval_images = len(dataset.test_labels)
+    if config.validation_images:
+        kept, held = hold_out(labels, config.validation_images)
+        evaluate, test = evaluation(images[held], labels[held]), evaluate
+        images, labels, eval_images = images[kept], labels[kept], len(held)
+
     def train(start: int) -> Iterator[HostBatch]:
-        order = shuffled_batches(len(dataset.train_labels), config.batch_size, config.seed)
+        order = shuffled_batches(len(labels), config.batch_size, config.seed)
         for index in itertools.islice(order, start, None):
             mine = index[host::hosts]
-            yield {"image": dataset.train_images[mine], "label": dataset.train_labels[mine]}
+            yield {"image": images[mine], "label": labels[mine]}
 
-    def evaluate(images: np.ndarray, labels: np.ndarray, limit: int | None) -> Iterator[HostBatch]:
-        if limit:
-            index = spread(len(labels), limit)
-            images, labels = images[index], labels[index]
-        for batch in padded_batches(images, labels, eval_batch_size(config)):
-            yield {name: array[host::hosts] for name, array in batch.items()}
-
-    test = functools.partial(evaluate, dataset.test_images, dataset.test_labels)
-    counts = len(dataset.train_labels), len(dataset.test_labels)
-    if held_out is None:
-        return Loader(*counts, train, test, train_preprocess, eval_preprocess)
-    validate = functools.partial(evaluate, *held_out)
-    counts = len(dataset.train_labels), len(held_out[1])
-    return Loader(*counts, train, validate, train_preprocess, eval_preprocess, test)
+    preprocess = train_preprocess, eval_preprocess
+    return Loader(len(labels), eval_images, train, evaluate, *preprocess, test)
 
 
-def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
-    """Takes images and labels for validation from the training set, always the same ones.
+def hold_out(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divides a training set; the same way for all runs, so that they compare.
+
+    The images are shuffled within each class, and evenly spread ones are held out: of each class,
+    its share of `count` to within one image.
+
+    Args:
+      labels: of the training images.
+      count: images to hold out.
+
+    Returns:
+      Indices of the images to train on and of those held out, both increasing.
 
     Raises:
-      ConfigError: if none would be left.
+      ConfigError: if no image would be left to train on.
     """
-    size = len(dataset.train_labels)
-    if not 0 < count < size:
+    size = len(labels)
+    if count >= size:
         raise ConfigError(
-            f"--config.validation_images={count} must be positive and below the {size} training "
-            "images"
+            f"--config.validation_images={count} leaves none of the {size} training images: give "
+            "fewer"
         )
     order = np.random.default_rng(0).permutation(size)
-    held, rest = np.sort(order[:count]), np.sort(order[count:])
-    images, labels = dataset.train_images, dataset.train_labels
-    left = dataset._replace(train_images=images[rest], train_labels=labels[rest])
-    return left, (images[held], labels[held])
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    held = np.sort(by_class[spread(size, count)])
+    return np.setdiff1d(np.arange(size), held), held
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

@@ -15,14 +15,13 @@ from common.input.batch import Batch, HostBatch, Loader, Preprocess, eval_batch_
 from common.input.sources import FolderSource, Source, TfdsSource
 from common.input.text import text_loader
 
-# Of CIFAR-10's training pixels, in [0, 1].
-_CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
-_CIFAR_STD = (0.2470, 0.2435, 0.2616)
-_CIFAR_NORMALIZATION = {
-    "cifar10": (_CIFAR_MEAN, _CIFAR_STD),
+# Mean and deviation of the training pixels, in [0, 1].
+_NORMALIZATIONS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "imagenet": (augment.MEAN, augment.STD),
 }
 _CIFAR_PADDING = 4
+_IN_MEMORY = ("digits", "fashion_mnist", "cifar10")
 _SYNTHETIC_IMAGES = (100_000, 1_000)
 
 
@@ -31,7 +30,8 @@ def open_data(config: ml_collections.ConfigDict) -> Loader:
 
     Raises:
       FileNotFoundError: if the data are not there; it says what was expected.
-      ConfigError: if the name is unknown, or the devices cannot share a batch evenly.
+      ConfigError: if the name is unknown, the devices cannot share a batch evenly, or validation
+        images cannot be held out.
     """
     sizes, devices = (config.batch_size, eval_batch_size(config)), jax.device_count()
     for field, size in zip(("batch_size", "eval_batch_size"), sizes, strict=True):
@@ -41,6 +41,11 @@ def open_data(config: ml_collections.ConfigDict) -> Loader:
             )
     if config.data not in _LOADERS:
         raise ConfigError(f"--config.data={config.data!r} is none of {', '.join(_LOADERS)}")
+    if config.validation_images and config.data not in _IN_MEMORY:
+        raise ConfigError(
+            f"--config.validation_images={config.validation_images} is not offered for "
+            f"data={config.data}, only for {', '.join(_IN_MEMORY)}: give 0"
+        )
     return _LOADERS[config.data](config)
 
 
@@ -57,8 +62,7 @@ def _fashion_mnist(config: ml_collections.ConfigDict) -> Loader:
 
 def _cifar10(config: ml_collections.ConfigDict) -> Loader:
     """Random crops of the image padded by 4 pixels, and flips, are drawn on the device."""
-    mean, std = _CIFAR_NORMALIZATION[config.normalization]
-    normalize = _normalize(config, mean, std)
+    normalize = _normalize(config, *_NORMALIZATIONS[config.normalization or "cifar10"])
 
     def train_preprocess(batch: Batch, key: jax.Array) -> jax.Array:
         return augment.random_crop_and_flip(normalize(batch, key), key, _CIFAR_PADDING)

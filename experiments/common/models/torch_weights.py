@@ -26,7 +26,7 @@ TORCHVISION_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# akamaster/pytorch_resnet_cifar10 names the last layer of its CIFAR-10 networks otherwise.
+# Names that others' CIFAR ResNets have (akamaster/pytorch_resnet_cifar10), and torchvision's.
 _OTHER_NAMES = {"linear.weight": "fc.weight", "linear.bias": "fc.bias"}
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
@@ -38,8 +38,10 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
     "model", and its names may all start with "module.", as DistributedDataParallel's do. Ignored
     are `num_batches_tracked`; the one-element `scale` beside a weight in the authors' quantized
     layers (`cbp` measures it again); and GoogLeNet's auxiliary heads if `model` has none.
-    In the CIFAR ResNets of akamaster/pytorch_resnet_cifar10, `linear` is our `fc`.
-    torchvision's GoogLeNet expects `transform_input=True`, see `TORCHVISION_OPTIONS`.
+    torchvision's GoogLeNet expects `transform_input=True`, see `TORCHVISION_OPTIONS`. In ResNets
+    for CIFAR the last layer may be named `linear` instead of `fc`, as by
+    akamaster/pytorch_resnet_cifar10: option A, as our `resnet20`, whose `depth=9` is ResNet-56, and
+    trained on images normalised with ImageNet's mean and deviation.
 
     Args:
       path: a `.safetensors` file, or one that `torch.load` reads.
@@ -60,8 +62,8 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
         torch_name(p): _torch_shape(leaf.shape) for tree in trees for p, leaf in _leaves(tree)
     }
     found = {
-        _OTHER_NAMES.get(name, name): value
-        for name, value in _read(path).items()
+        name: value
+        for name, value in _renamed(_read(path), shapes).items()
         if not _is_ignored(name, value, shapes, model)
     }
     if problems := "\n  ".join(_problems(found, shapes)):
@@ -122,6 +124,18 @@ def _to_torch(value: np.ndarray, image: tuple[int, int, int] | None) -> np.ndarr
     value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
     # A copy: safetensors would write the memory of a view as it lies.
     return np.array(value.reshape(shape), order="C")
+
+
+def _renamed(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Gives arrays our names where a network has one by such a name and the file has none."""
+
+    def own(name: str) -> str:
+        other = _OTHER_NAMES.get(name, name)
+        return other if other in shapes and other not in arrays else name
+
+    return {own(name): value for name, value in arrays.items()}
 
 
 def _is_ignored(

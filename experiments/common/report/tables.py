@@ -22,14 +22,19 @@ def results_table(summaries: Sequence[Summary]) -> str:
         "method": [METHODS.get(s.method, "") for s in summaries],
         "top-1 before": [f"{s.full_precision_top1:.2%}" for s in summaries],
         "top-1": [f"{s.top1:.2%}" for s in summaries],
+        "test top-1 before": [_share(s.full_precision_test_top1) for s in summaries],
+        "test top-1": [_share(s.test_top1) for s in summaries],
         "loss": ["" if s.eval_loss is None else f"{s.eval_loss:.3f}" for s in summaries],
-        "test top-1": ["" if s.test_top1 is None else f"{s.test_top1:.2%}" for s in summaries],
         "CFS": [f"{s.cfs:.1e}" if s.constrained else "" for s in summaries],
         "CFS / scale": [f"{s.cfs_relative:.1e}" if s.constrained else "" for s in summaries],
         "bits per weight": [str(s.bits_per_weight) for s in summaries],
         "size": [f"{size_text(s.bytes_packed)} of {size_text(s.bytes_float32)}" for s in summaries],
         "packed file": ["" if s.bytes_file is None else size_text(s.bytes_file) for s in summaries],
-        "top-1 from file": ["" if s.file_top1 is None else f"{s.file_top1:.2%}" for s in summaries],
+        "top-1 from file": [_share(s.file_top1) for s in summaries],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     return format_table(tuple(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _share(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{accuracy:.2%}"

@@ -30,7 +30,10 @@ FULL_PRECISION = "full precision"  # as constraint of a summary
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """`summary.json`. Accuracies are fractions, of the quantized weights; sizes are in bytes."""
+    """`summary.json`. Accuracies are fractions, of the quantized weights; sizes are in bytes.
+
+    They are measured on the validation images where some were held out, else on the test images.
+    """
 
     experiment: str
     constraint: str  # or FULL_PRECISION
@@ -48,9 +51,10 @@ class Summary:
     bytes_file: int | None = None  # of the packed file, with batch statistics and its header
     file_top1: float | None = None  # of the weights read back from it
     eval_loss: float | None = None  # mean cross-entropy in nats; of text, per byte
-    # On test images that were looked at once, at the end; None where the figures above are theirs.
+    # On the test images, measured once; None where the other figures are measured on them.
     test_top1: float | None = None
     test_loss: float | None = None
+    full_precision_test_top1: float | None = None
 
     @property
     def constrained(self) -> bool:

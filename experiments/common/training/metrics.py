@@ -17,6 +17,11 @@ PyTree = Any
 _SAMPLE = 2**16
 
 
+def evaluated_weights(state: TrainState, setup: Setup) -> PyTree:
+    """Returns the weights whose accuracy counts: the quantized ones, if there is a constraint."""
+    return jax.jit(setup.deployed_fn)(state.params, state.opt_state)
+
+
 def epoch_row(
     state: TrainState, setup: Setup, evaluate: Evaluate, images_per_second: float
 ) -> dict[str, Any]:
@@ -32,9 +37,7 @@ def epoch_row(
         row |= {name: float(value) for name, value in _constraint_metrics(deployed).items()}
         if "lagrangian" in row:
             row["lagrangian"] /= setup.steps_per_epoch
-    accuracy = evaluate(
-        jax.jit(setup.deployed_fn)(state.params, state.opt_state), state.batch_stats
-    )
+    accuracy = evaluate(evaluated_weights(state, setup), state.batch_stats)
     row |= {
         "learning_rate": _learning_rate(state.opt_state),
         "top1": accuracy["top1"],

@@ -26,6 +26,7 @@ class Record(NamedTuple):
     steps_per_epoch: int
     seconds: float = 0.0  # of all its processes
     full_precision_top1: float | None = None  # of the weights it started from
+    full_precision_test_top1: float | None = None  # likewise, if images were held out
     first_cfs: float | None = None  # CFS / scale after the first epoch
     midway: str | None = None  # the epoch whose weights were kept for the histograms
 
@@ -63,7 +64,10 @@ def _trees(state: TrainState) -> dict[str, dict[str, PyTree]]:
 
 
 def restore(
-    workdir: Path, changes: Mapping[str, Any] | None = None, limit: int | None = None
+    workdir: Path,
+    changes: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    test: bool = False,
 ) -> Run:
     """Reads the newest state of a run, finished or not, on whatever devices there are.
 
@@ -71,6 +75,7 @@ def restore(
       workdir: of the run.
       changes: fields of its config that may differ; those that are empty or 0 are ignored.
       limit: evaluate on so many images, evenly spread; None: on all.
+      test: evaluate on the test images, rather than on those of `metrics.jsonl`.
 
     Raises:
       FileNotFoundError: if there is no such run, or its data do not exist.
@@ -89,8 +94,8 @@ def restore(
         config,
         setup.network.graphdef,
         deployed_state(found[0], setup),
-        lambda weights, batch_stats: evaluate(weights, batch_stats, limit),
-        lambda: loader.evaluate(limit),
+        lambda weights, batch_stats: evaluate(weights, batch_stats, limit, test),
+        lambda: loader.evaluation(test)(limit),
         loader.eval_preprocess,
     )
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from jax.experimental import multihost_utils
 
 import cbp_jax
 from common.config import ConfigError
-from common.input.batch import Loader
 from common.input.open import open_data
 from common.report import deploy
 from common.report.figures import draw_run
@@ -25,11 +25,18 @@ from common.report.workdir import (
     float32_bytes,
     packed_bytes,
 )
-from common.training import batch_statistics, mesh
+from common.training import mesh
+from common.training.batch_statistics import make_reestimate
 from common.training.checkpoints import Checkpoints
 from common.training.distillation import distillation
 from common.training.loop import Meter, Stopped, StopRequest
-from common.training.metrics import all_finite, deployed_state, epoch_row, relative_weights
+from common.training.metrics import (
+    all_finite,
+    deployed_state,
+    epoch_row,
+    evaluated_weights,
+    relative_weights,
+)
 from common.training.preflight import preflight
 from common.training.restore import Record, restore_state, save_state
 from common.training.settle import check_resumable, is_constrained, saved_config, settle
@@ -86,6 +93,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
     )
     teacher = read_teacher(config, setup.mesh)
     evaluate = make_evaluation(setup, loader)
+    reestimate = make_reestimate(
+        setup.network.graphdef, setup.deployed_fn, loader.train_preprocess, shardings
+    )
 
     record = Record(loader.train_images, setup.steps_per_epoch)
     if resumes:
@@ -116,6 +126,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         if config.phase == "post_train" and not resumes:
             accuracy = evaluate(state.params, state.batch_stats)
             record = record._replace(full_precision_top1=accuracy["top1"])
+            if loader.test:
+                accuracy = evaluate(state.params, state.batch_stats, test=True)
+                record = record._replace(full_precision_test_top1=accuracy["top1"])
             if setup.constrained:
                 folder.save_weights("before", relative_weights(state))
 
@@ -140,8 +153,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 state, loss = train_step(state, batch, *teacher)
                 step += 1
                 meter.step(loss)
-                if step == setup.total_steps and _reestimates(config):
-                    state = _with_new_statistics(state, setup, loader, config)
+                if step == setup.total_steps and config.reestimate_batches:
+                    state = reestimate(state, itertools.islice(batches, config.reestimate_batches))
                 if _checkpoint_is_due(config, setup, step):  # first: the evaluation takes a while
                     _save(checkpoints, state, now())
             if step < setup.total_steps:
@@ -151,12 +164,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                 log(f"stopped at {at}, saved; rerun the same command to resume")
                 raise Stopped(stop.status)
 
-    summary = _summarize(config, row, now(), state)
-    if loader.test is not None:
-        found = make_evaluation(setup, loader, test=True)(
-            jax.jit(setup.deployed_fn)(state.params, state.opt_state), state.batch_stats
-        )
-        summary = dataclasses.replace(summary, test_top1=found["top1"], test_loss=found["loss"])
+    on_test = {}
+    if loader.test:
+        on_test = evaluate(evaluated_weights(state, setup), state.batch_stats, test=True)
+    summary = _summarize(config, row, now(), state, on_test)
     if setup.constrained:
         deployed = deployed_state(state, setup)
         summary = _deploy(summary, folder, deployed, setup, evaluate)
@@ -171,10 +182,6 @@ def log(text: str) -> None:
     """Prints, on the first host."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def _reestimates(config: ml_collections.FrozenConfigDict) -> bool:
-    return config.phase == "post_train" and config.reestimate_batches > 0
 
 
 def _title(config: ml_collections.FrozenConfigDict) -> str:
@@ -223,25 +230,6 @@ def _save(checkpoints: Checkpoints, state: TrainState, record: Record) -> None:
     save_state(checkpoints, state, record)
 
 
-def _with_new_statistics(
-    state: TrainState, setup: Setup, loader: Loader, config: ml_collections.FrozenConfigDict
-) -> TrainState:
-    """Estimates the batch statistics of the deployed weights, from the first training batches."""
-    with contextlib.closing(on_device(loader.train(0), setup.mesh)) as stream:
-        stats = batch_statistics.estimate(
-            setup.network.graphdef,
-            loader.train_preprocess,
-            jax.jit(setup.deployed_fn)(state.params, state.opt_state),
-            state.batch_stats,
-            itertools.islice(stream, config.reestimate_batches),
-            jax.random.key(config.seed),
-        )
-    stats = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), stats, state.batch_stats
-    )
-    return state._replace(batch_stats=stats)
-
-
 def _reset_sums(state: TrainState) -> TrainState:
     """Starts the sums of the next epoch."""
     sums = jax.tree.map(
@@ -262,7 +250,11 @@ def _keep_midway(record: Record, row: dict[str, Any], state: TrainState, folder:
 
 
 def _summarize(
-    config: ml_collections.FrozenConfigDict, row: dict[str, Any], record: Record, state: TrainState
+    config: ml_collections.FrozenConfigDict,
+    row: dict[str, Any],
+    record: Record,
+    state: TrainState,
+    on_test: Mapping[str, float],
 ) -> Summary:
     post_train, constrained = config.phase == "post_train", is_constrained(config)
     float32 = float32_bytes(state.params)
@@ -281,6 +273,11 @@ def _summarize(
         bytes_packed=packed_bytes(state.params, state.opt_state) if constrained else float32,
         bytes_float32=float32,
         seconds=record.seconds,
+        test_top1=on_test.get("top1"),
+        test_loss=on_test.get("loss"),
+        full_precision_test_top1=(
+            record.full_precision_test_top1 if post_train else on_test.get("top1")
+        ),
     )
 
 

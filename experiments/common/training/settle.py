@@ -53,6 +53,7 @@ def settle(
             settled.transform_input = _transform_input(settled)
     elif "transform_input" in settled:
         settled.transform_input = saved.get("transform_input")
+    settled.normalization = settled.normalization or _normalization(settled, saved)
     return ml_collections.FrozenConfigDict(settled)
 
 
@@ -117,7 +118,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "multiplier_rule": ("adam", "capped"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("", "constant", "cosine", "linear"),
-        "normalization": ("cifar10", "imagenet"),
+        "normalization": ("", "cifar10", "imagenet"),
     }.items():
         if config[name] not in choices:
             raise ConfigError(f"--config.{name}={config[name]!r} is none of {_listed(choices)}")
@@ -153,6 +154,14 @@ def _check_pretrained(config: ml_collections.ConfigDict) -> None:
             "PyTorch, or the workdir of a run with --config.phase=pretrain. To post-train random "
             f"weights nevertheless, give --config.pretrained={RANDOM}"
         )
+    if config.validation_images and not is_random(config.pretrained):
+        trained = saved_config(Path(config.pretrained))
+        held = trained.get("validation_images", 0)
+        if trained.get("data") == config.data and held != config.validation_images:
+            raise ConfigError(
+                f"--config.validation_images={config.validation_images}, but {config.pretrained} "
+                f"held out {held}, so it has seen others of them: pre-train with the same number"
+            )
 
 
 def _check_teacher(config: ml_collections.ConfigDict) -> None:
@@ -170,3 +179,17 @@ def _transform_input(config: ml_collections.ConfigDict) -> bool:
         return TORCHVISION_OPTIONS[config.network]["transform_input"]
     saved = {} if is_random(config.pretrained) else saved_config(Path(config.pretrained))
     return bool(saved.get("transform_input"))
+
+
+def _normalization(config: ml_collections.ConfigDict, saved: Mapping[str, Any] | None) -> str:
+    """How pixels of CIFAR-10 are normalised: as the network's weights were trained."""
+    if config.data != "cifar10":
+        return ""
+    if saved is None and is_torch_file(config.pretrained):
+        raise ConfigError(
+            f"--config.normalization is empty, and {config.pretrained} does not say how its images "
+            "were normalised: give imagenet (akamaster/pytorch_resnet_cifar10) or cifar10"
+        )
+    if saved is None:
+        saved = {} if is_random(config.pretrained) else saved_config(Path(config.pretrained))
+    return saved.get("normalization") or "cifar10"

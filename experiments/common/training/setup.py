@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+import cbp_jax
 from common import models
 from common.config import ConfigError
 from common.input import pipeline
@@ -25,14 +26,17 @@ from common.training.settle import PRETRAINED, is_constrained, is_random, is_tor
 from common.training.step import TrainState, WeightsFn, init_state, latent, make_evaluate
 
 PyTree = Any
-# Accuracy of weights and batch statistics on the validation images, or on so many of them.
+# Accuracy of weights and batch statistics on the validation images, or on so many of them; or on
+# the test images.
 Evaluate = Callable[..., dict[str, float]]
-ALL, _KERNELS = "all", "(.*/)?kernel"  # as `config.constrained`, and the pattern it stands for
 # Arguments of networks that a config may have as fields.
 _OPTIONS = (
     "auxiliary_heads", "transform_input", "channels", "width", "depth", "heads", "kv_heads",
     "hidden", "context",
 )  # fmt: skip
+
+# What `config.constrained` of "all" stands for: kernels have two axes or more.
+_EVERY_KERNEL = "(.*/)?kernel"
 
 
 class Network(NamedTuple):
@@ -132,21 +136,15 @@ def on_device(batches: Iterator[HostBatch], on: Mesh) -> Any:
     return pipeline.prefetch_to_device(batches, lambda batch: mesh.put_batch(batch, sharding))
 
 
-def make_evaluation(setup: Setup, loader: Loader, test: bool = False) -> Evaluate:
-    """Returns a function (weights, batch_stats, limit=None) -> what `make_evaluate` gives.
-
-    Args:
-      setup: of `make_setup`.
-      loader: the data.
-      test: evaluate on `loader.test`, which must be there, instead of `loader.evaluate`.
-    """
-    batches = loader.test if test and loader.test is not None else loader.evaluate
+def make_evaluation(setup: Setup, loader: Loader) -> Evaluate:
+    """Returns a function (weights, batch_stats, limit=None, test=False) -> `make_evaluate`'s."""
     evaluate = make_evaluate(setup.network.graphdef, loader.eval_preprocess)
 
     def evaluation(
-        weights: PyTree, batch_stats: PyTree, limit: int | None = None
+        weights: PyTree, batch_stats: PyTree, limit: int | None = None, test: bool = False
     ) -> dict[str, float]:
-        return evaluate(weights, batch_stats, on_device(batches(limit), setup.mesh))
+        batches = loader.evaluation(test)(limit)
+        return evaluate(weights, batch_stats, on_device(batches, setup.mesh))
 
     return evaluation
 
@@ -162,6 +160,7 @@ def make_network(config: ml_collections.FrozenConfigDict, pretrained: str) -> Ne
     Raises:
       FileNotFoundError: if there is no such file or checkpoint.
       ValueError: if it is damaged, or of another network.
+      ConfigError: if `config.constrained` matches none of its parameters.
     """
     options = {name: config[name] for name in _OPTIONS if name in config}
 
@@ -177,8 +176,19 @@ def make_network(config: ml_collections.FrozenConfigDict, pretrained: str) -> Ne
     elif not is_random(pretrained):
         weights = weights_of_run(Path(pretrained), params, batch_stats)
         params, batch_stats = jax.tree.map(jnp.asarray, weights)
-    constrained = {"": model.constrained, ALL: _KERNELS}.get(config.constrained, config.constrained)
+    constrained = _constrained(config, params) or model.constrained
     return Network(graphdef, params, batch_stats, constrained)
+
+
+def _constrained(config: ml_collections.FrozenConfigDict, params: PyTree) -> str:
+    """The pattern that the config asks for; empty: the network's own."""
+    pattern = _EVERY_KERNEL if config.constrained == "all" else config.constrained
+    if pattern:
+        try:
+            cbp_jax.select(include=pattern)(params)
+        except ValueError as error:
+            raise ConfigError(f"--config.constrained={pattern!r}: {error}") from error
+    return pattern
 
 
 def weights_of_run(workdir: Path, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:

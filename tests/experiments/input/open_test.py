@@ -16,6 +16,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 1), np.uint8)
 
 def make_config(data="digits", **changes):
     config = {"data": data, "data_dir": "", "batch_size": 16, "seed": 0, "dtype": "float32"}
+    config |= {"validation_images": 0, "normalization": ""}
     photos = {"image_size": 8, "resize": 10, "color_jitter": 0.2, "num_classes": 4, "workers": 0}
     return ml_collections.ConfigDict({**config, **photos, **changes})
 
@@ -77,6 +78,33 @@ def test_evaluation_of_some_images_spreads_over_the_data(small_tfds):
         np.testing.assert_array_equal(labels[labels >= 0], expected)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_validation_images_are_held_out_of_training(small_tfds, seed):
+    """Labels are the numbers of the images: 0 to 29 to train on, 30 to 49 to test on."""
+    loader = open_data(make_config("cifar10", batch_size=8, validation_images=6, seed=seed))
+    assert (loader.train_images, loader.eval_images) == (24, 6)
+    trained = labels_of(itertools.islice(loader.train(0), 3))
+    held, tested = (labels_of(batches(None)) for batches in (loader.evaluate, loader.test))
+    held, tested = held[held >= 0], tested[tested >= 0]
+    assert set(trained) | set(held) == set(range(30))
+    assert len(held) == 6
+    np.testing.assert_array_equal(tested, np.arange(30, 50))
+    labels = labels_of(loader.evaluation(test=True)(5))
+    np.testing.assert_array_equal(labels[labels >= 0], [30, 34, 38, 42, 46])
+    other = open_data(make_config("cifar10", validation_images=6))  # of seed 0
+    others = labels_of(other.evaluate(None))
+    np.testing.assert_array_equal(held, others[others >= 0])
+    for batch in loader.train(0):
+        np.testing.assert_array_equal(batch["image"], PIXELS[batch["label"]])
+        break
+
+
+def test_without_held_out_images_there_is_one_evaluation(small_tfds):
+    loader = open_data(make_config("cifar10"))
+    assert loader.test is None
+    assert loader.evaluation(test=True) == loader.evaluation() == loader.evaluate
+
+
 def test_hosts_share_out_every_batch(small_tfds, monkeypatch):
     config = make_config("cifar10", eval_batch_size=8)
     whole = open_data(config)
@@ -116,6 +144,15 @@ def test_cifar10_is_normalised_and_augmented(small_tfds):
     assert (np.asarray(one) != np.asarray(other)).any()
 
 
+def test_cifar10_is_normalised_as_imagenet_if_asked(small_tfds):
+    loader = open_data(make_config("cifar10", normalization="imagenet"))
+    batch = next(loader.evaluate(None))
+    batch = {"image": np.repeat(batch["image"], 3, axis=-1), "label": batch["label"]}
+    images = np.asarray(loader.eval_preprocess(batch, jax.random.key(0)))
+    expected = (batch["image"] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
 def test_photos_are_evaluated_in_batches_of_their_own(photos):
     config = make_config("folder", data_dir=str(photos), batch_size=8, eval_batch_size=16)
     loader = open_data(config)
@@ -135,6 +172,7 @@ def test_noise_is_evaluated_in_batches_of_its_own():
     [
         ({"batch_size": 12}, "^batch_size=12 cannot be shared by 8 devices"),
         ({"eval_batch_size": 12}, "^eval_batch_size=12 cannot be shared by 8 devices"),
+        ({"data": "folder", "validation_images": 5}, "=5 is not offered for data=folder, only for"),
         ({"data": "web"}, "'web' is none of digits, fashion_mnist, cifar10, tfds, folder, synth"),
     ],
 )

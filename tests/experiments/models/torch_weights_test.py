@@ -159,6 +159,16 @@ def test_strips_distributed_prefix(resnet20, state_dict, load):
     )
 
 
+def test_others_call_the_last_layer_linear(resnet20, state_dict, load):
+    expected = load(state_dict, resnet20)
+    others = {f"module.{name.replace('fc.', 'linear.')}": v for name, v in state_dict.items()}
+    assert "module.linear.weight" in others
+    assert_same(load(others, resnet20), expected)
+    both = state_dict | {"linear.bias": state_dict["fc.bias"]}
+    with pytest.raises(ValueError, match=r"unexpected: linear\.bias, shape \(10,\)"):
+        load(both, resnet20)
+
+
 def test_ignores_counters_and_scales(resnet20, state_dict, load):
     more = {"bn1.num_batches_tracked": np.array(7), "layer1.0.conv1.scale": np.ones(1, np.float32)}
     assert_same(load(state_dict | more, resnet20), load(state_dict, resnet20))
