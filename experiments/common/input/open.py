@@ -87,11 +87,6 @@ def _folder(config: ml_collections.ConfigDict) -> Loader:
 
 
 def _photos(config: ml_collections.ConfigDict, train_source: Source, eval_source: Source) -> Loader:
-    if config.validation_images:
-        raise ConfigError(
-            f"--config.validation_images={config.validation_images} is for data sets in memory: "
-            "make the validation set a folder or split of its own, or give 0"
-        )
     shared = {
         "num_workers": (os.cpu_count() or 1) if config.workers < 0 else config.workers,
         "num_classes": config.num_classes,

@@ -29,7 +29,7 @@ def path(tmp_path):
 
 def make_config(path, **changes):
     config = {"data": "text", "text": str(path), "context": 8, "num_classes": 256, "seed": 0}
-    sizes = {"batch_size": 16, "eval_batch_size": 8, "eval_windows": 0}
+    sizes = {"batch_size": 16, "eval_batch_size": 8, "eval_windows": 0, "validation_images": 0}
     return ml_collections.ConfigDict({**config, **sizes, **changes})
 
 
@@ -82,6 +82,11 @@ def test_evaluation_sees_the_validation_part_once(path):
     part = np.frombuffer(TEXT[1800:1900], np.uint8)
     np.testing.assert_array_equal(found["image"].ravel(), part[:96])
     np.testing.assert_array_equal(found["label"].ravel(), part[1:97])
+
+
+def test_the_end_of_the_text_tests(path):
+    found = rows(open_data(make_config(path)).test(None))
+    np.testing.assert_array_equal(found["image"].ravel(), np.frombuffer(TEXT[1900:1996], np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from common.report import figures
 @pytest.fixture
 def drawn(monkeypatch):
     """The saved figures, which stay readable after they are closed."""
-    found, save = [], figures._save
+    found, save = [], figures.save
 
     def record(figure, path):
         found.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", record)
+    monkeypatch.setattr(figures, "save", record)
     return found
 
 
