@@ -16,7 +16,17 @@ Fashion-MNIST and CIFAR-10:
     python experiments/cifar10_resnet20.py --workdir=$resnet20/binary --config.constraint=binary \\
       --config.pretrained=$resnet20/pretrain --config.steps_per_epoch=50 --config.epochs=40 \\
       --config.patience=1 --config.multiplier_learning_rate=3e-3
-    python experiments/study.py --workdir=$results/study/fashion_mnist
+    python experiments/study.py --workdir=$results/study/fashion_mnist \\
+      --config.methods="('ste','closing','parq','cbp','full_precision')" \\
+      --config.constraints="('binary','ternary')"
+    for method in ste closing; do  # FILE: akamaster's resnet20-12fca82f.th
+      python experiments/cifar10_resnet20.py --workdir=$results/resnet20_of_others/binary_$method \\
+        --config.pretrained=FILE --config.normalization=imagenet --config.method=$method \\
+        --config.learning_rate=0.03 --config.epochs=6 --config.steps_per_epoch=117 \\
+        --config.validation_images=5000 --config.reestimate_batches=50 --config.figures=False
+    done
+    python experiments/text_llama.py --workdir=$results/text_llama --config.text=FILE \\
+      --config.methods="('ste','closing')" --config.epochs=16 --config.figures=False
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
     python experiments/update_pages.py
@@ -31,7 +41,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks import closing, page, timing
 from common.report import comparison
-from common.report.tables import format_table
+from common.report.tables import format_table, results_table
 from common.report.workdir import METHODS, Summary, read_metrics
 
 import cbp_jax
@@ -103,6 +113,12 @@ def short_run_table(experiment: str) -> str:
     return format_table(header, rows)
 
 
+def plain_table(experiment: str) -> str:
+    """One row per run below a folder of results, with all that its summary says."""
+    files = sorted((RESULTS / experiment).glob("*/summary.json"))
+    return results_table([Summary.read(file.parent) for file in files])
+
+
 # Rows of `closing` that docs/settings.md shows: optimizer, multiplier rate, growth of the window.
 _ADVICE = (
     ("SGD, constant", 0.0, ""),
@@ -157,6 +173,8 @@ def tables() -> dict[str, str]:
         "cifar10_resnet20": short_run_table("cifar10_resnet20"),
         "closing": advice_table(),
         **study_tables(),
+        "resnet20_of_others": plain_table("resnet20_of_others"),
+        "text_llama": plain_table("text_llama"),
         "cost": page.aims(),
     }
 

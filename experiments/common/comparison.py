@@ -6,6 +6,7 @@ says which trial was the best.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,15 +43,17 @@ def run(comparison: Comparison, workdir: Path) -> None:
         _pretrain(comparison, workdir, seed)
     for method in comparison.trials:
         best = choose(comparison, workdir, method)
+        changes = comparison.trials[method][best]
+        _keep_as_first_seed(workdir / comparison.tuned_on / method, best)
         # The weights that go on in full precision have no constraint.
         every = (comparison.tuned_on,) if method == "full_precision" else comparison.constraints
         for constraint in every:
             for seed in range(comparison.seeds):
-                _cell(comparison, workdir, constraint, method, f"seed{seed}", seed, best)
+                _cell(comparison, workdir, constraint, method, f"seed{seed}", seed, changes)
 
 
-def choose(comparison: Comparison, workdir: Path, method: str) -> Changes:
-    """Runs a method's trials, and returns the changes of the best one on the validation data."""
+def choose(comparison: Comparison, workdir: Path, method: str) -> int:
+    """Runs a method's trials, and returns which one is the best on the validation data."""
     found = [
         (_cell(comparison, workdir, comparison.tuned_on, method, f"trial{n}", 0, changes), changes)
         for n, changes in enumerate(comparison.trials[method])
@@ -73,7 +76,14 @@ def choose(comparison: Comparison, workdir: Path, method: str) -> Changes:
         file = workdir / comparison.tuned_on / method / "chosen.json"
         file.write_text(json.dumps(record, indent=2) + "\n")
     log(f"{method}: trial {best} of {len(found)}, {found[best][1]}")
-    return found[best][1]
+    return best
+
+
+def _keep_as_first_seed(folder: Path, trial: int) -> None:
+    """Copies a trial: trials have seed 0, so that it is the run of this seed."""
+    source, target = folder / f"trial{trial}", folder / "seed0"
+    if jax.process_index() == 0 and not (target / "summary.json").exists():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _pretrain(comparison: Comparison, workdir: Path, seed: int) -> None:

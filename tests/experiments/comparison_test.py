@@ -51,6 +51,12 @@ def test_the_best_trial_on_validation_data_is_chosen(finished):
     assert config["pretrained"] == str(finished / "pretrain" / "seed0")
 
 
+def test_the_chosen_trial_is_the_run_of_the_first_seed(finished):
+    folder = finished / "binary" / "closing"
+    chosen = json.loads((folder / "chosen.json").read_text())["chosen"]
+    assert Summary.read(folder / "seed0") == Summary.read(folder / f"trial{chosen}")
+
+
 def test_rows_are_of_the_validation_images_and_the_summary_of_the_test_images(finished):
     folder = finished / "binary" / "closing" / "seed0"
     summary, rows = Summary.read(folder), read_metrics(folder)

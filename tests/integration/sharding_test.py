@@ -173,3 +173,25 @@ def test_metrics(mesh, read):
     function = jax.jit(getattr(cbp_jax, read))
     params, alone, init = on_mesh(mesh), on_one_device(), make_optimizer(scale_axis=-1).init
     assert_close(function(params, init(params)), function(alone, init(alone)), rtol=1e-5)
+
+
+def test_closing_by_steps(mesh):
+    """Gradients' sizes are means over all shards; at the end weights are on their levels."""
+    optimizer = cbp_jax.closing(optax.sgd(0.1, momentum=0.9), "ternary", 8)
+    step = jax.jit(make_step(optimizer, rippled), donate_argnums=(0, 1))
+
+    def train(params):
+        state = optimizer.init(params)
+        for _ in range(8):
+            params, state = step(params, state)
+        return params, state
+
+    params, state = train(on_mesh(mesh))
+    for key in ("up", "down", "whole"):
+        spec = NamedSharding(mesh, SPECS[key])
+        assert state.multipliers[key].sharding.is_equivalent_to(spec, params[key].ndim)
+        assert state.mean_square[key].is_fully_replicated
+    expected, expected_state = train(on_one_device())
+    chex.assert_trees_all_close(params, expected, rtol=1e-5)
+    chex.assert_trees_all_close(state.multipliers, expected_state.multipliers, rtol=1e-4)
+    assert float(cbp_jax.constraint_failure_score(params, state)) == 0

@@ -51,7 +51,7 @@ def assert_equal_trees(tree, other):
 
 
 def test_every_method_has_its_label_and_its_colour():
-    assert METHODS.keys() == figures._COLORS.keys()
+    assert METHODS.keys() == figures.COLORS.keys()
 
 
 def test_multipliers_of_the_ablation():
