@@ -107,3 +107,18 @@ def test_modules_inside_a_tree():
     assert quantized["a"].norm.mean is model.norm.mean
     assert len(np.unique(quantized["a"].middle.kernel[...])) == 2
     np.testing.assert_array_equal(quantized["b"], params["b"])
+
+
+def test_closing_around_an_optimizer():
+    model = Network(nnx.Rngs(0))
+    mask = cbp_jax.select(include="middle/kernel")
+    closing = cbp_jax.closing(optax.adamw(1e-2), "ternary", STEPS, mask=mask)
+    optimizer = nnx.Optimizer(model, closing, wrt=nnx.Param)
+    before = nnx.state(model, nnx.Param)["head"]["kernel"][...]
+    step = nnx.jit(step_with_module)
+    for _ in range(STEPS):
+        step(model, optimizer)
+    params = nnx.state(model, nnx.Param)
+    assert float(cbp_jax.constraint_failure_score(params, optimizer.opt_state)) == 0
+    assert np.isinf(cbp_jax.window(optimizer.opt_state))
+    assert float(jnp.max(jnp.abs(params["head"]["kernel"][...] - before))) > 1e-3
