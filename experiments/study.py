@@ -120,7 +120,7 @@ def ablation(rate: float) -> dict[str, list[Mapping[str, Any]]]:
     chosen = [*variants, (0.8, 100.0)]
     fixed = {"method": "closing", "learning_rate": rate}
     return {
-        f"closes at {share}, strength {strength:g}": [
+        f"closes_at_{share}_strength_{strength:g}": [
             {**fixed, "closes_at": share, "strength": strength}
         ]
         for share, strength in chosen

@@ -19,6 +19,8 @@ Fashion-MNIST and CIFAR-10:
     python experiments/study.py --workdir=$results/study/fashion_mnist \\
       --config.methods="('ste','closing','parq','cbp','full_precision')" \\
       --config.constraints="('binary','ternary')"
+    python experiments/study.py --workdir=$results/study/course --config.ablation \\
+      --config.constraints="('binary',)"
     for method in ste closing; do  # FILE: akamaster's resnet20-12fca82f.th
       python experiments/cifar10_resnet20.py --workdir=$results/resnet20_of_others/binary_$method \\
         --config.pretrained=FILE --config.normalization=imagenet --config.method=$method \\
@@ -148,14 +150,21 @@ def study_tables() -> dict[str, str]:
     found = {}
     for folder in sorted((RESULTS / "study").iterdir()):
         found[f"study-{folder.name}"] = comparison.results_table(folder)
-        if any(folder.glob("*/*/chosen.json")):
+        if _has_methods(folder):
             found[f"study-{folder.name}-tuning"] = comparison.tuning_table(folder)
     return found
+
+
+def _has_methods(folder: Path) -> bool:
+    """Whether a study compares methods, and not variants of one."""
+    return {method for _, method in comparison.cells(folder)} <= METHODS.keys()
 
 
 def draw_study() -> None:
     """Draws the figures of each ground of `study.py` beside its runs."""
     for folder in sorted((RESULTS / "study").iterdir()):
+        if not _has_methods(folder):
+            continue
         figures = folder / "figures"
         title = folder.name.replace("_", " ")
         if len({constraint for constraint, _ in comparison.cells(folder)}) > 1:

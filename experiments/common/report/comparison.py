@@ -111,8 +111,10 @@ def plot_accuracy_against_bits(path: Path, title: str, folder: Path) -> None:
     methods = [
         m for m in dict.fromkeys(m for _, m in found) if m not in (FULL_PRECISION, "rounding")
     ]
-    order = {constraint: index for index, constraint in enumerate(cbp_jax.CONSTRAINTS)}
-    names = ("binary\n1 bit", "ternary\n2 bits", "one-bit shift\n3 bits", "two-bit shift\n3 bits")
+    shown = [c for c in cbp_jax.CONSTRAINTS if any(c == of for of, _ in found)]
+    order = {constraint: index for index, constraint in enumerate(shown)}
+    bits = {constraint: cbp_jax.get_constraint(constraint).bits for constraint in shown}
+    names = [f"{c.replace('_', ' ')}\n{n} bit{'s' if n > 1 else ''}" for c, n in bits.items()]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for index, method in enumerate(methods):
