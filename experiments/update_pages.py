@@ -19,8 +19,6 @@ Fashion-MNIST and CIFAR-10:
     python experiments/study.py --workdir=$results/study/fashion_mnist \\
       --config.methods="('ste','closing','parq','cbp','full_precision')" \\
       --config.constraints="('binary','ternary')"
-    python experiments/study.py --workdir=$results/study/course --config.ablation \\
-      --config.constraints="('binary',)"
     for method in ste closing; do  # FILE: akamaster's resnet20-12fca82f.th
       python experiments/cifar10_resnet20.py --workdir=$results/resnet20_of_others/binary_$method \\
         --config.pretrained=FILE --config.normalization=imagenet --config.method=$method \\
