@@ -44,9 +44,14 @@ def closing(
     layers) and the batch statistics settle.
 
     Args:
-      inner: the optimizer of all parameters, such as `optax.adamw(schedule)`.
+      inner: the optimizer of all parameters, such as `optax.adamw(schedule)`, without links of this
+        library in it. Clip before, not inside, where the clip would see the constraint's gradient
+        too: `optax.chain(optax.clip_by_global_norm(1.0), closing(...))`. No link may follow, for it
+        would change the step that puts weights on their levels.
       constraint: as in `cbp_jax.cbp`.
-      total_steps: calls of `update` in the whole run; under `optax.MultiSteps`, emitted updates.
+      total_steps: calls of `update` in the whole run, at least 3 to end on the levels; under
+        `optax.MultiSteps`, emitted updates. A run that goes on with another number starts its
+        course anew from its share of that number.
       closes_at: share of the run after which all constrained weights are on their levels.
       strength: the multiplier that a weight ends with whose violation is one scale all along.
       mask: as in `cbp_jax.cbp`.
@@ -94,7 +99,7 @@ def closing(
             multipliers=zero_multipliers(constraints, params),
             weight_scale=scales,
             window=jnp.ones((), float_dtype()),
-            mean_square=jax.tree.map(lambda scale: jnp.zeros((), scale.dtype), scales),
+            mean_square=jax.tree.map(lambda scale: jnp.zeros_like(scale, shape=()), scales),
             inner=optimizer.init(params),
         )
 
@@ -104,7 +109,8 @@ def closing(
         leaves = pair_all(params, state)
         # The last two of these calls put weights on their levels: the sum of the first may round.
         steps = jnp.maximum(jnp.asarray(closes_at * total_steps, float_dtype()) - 2, 1)
-        p, after = (jnp.minimum((state.count + n) / steps, 1) for n in (0, 1))
+        later = optax.safe_increment(state.count)
+        p, after = (jnp.minimum(count / steps, 1) for count in (state.count, later))
         window, closed = 1 / (1 - p), p >= 1
         rise = (after - p) * (after**2 + after * p + p**2)  # of p^3, without cancellation
 
@@ -113,7 +119,7 @@ def closing(
         old = (jax.tree.leaves(tree) for tree in (state.mean_square, state.multipliers))
         for leaf, mean_square, multiplier in zip(leaves, *old, strict=True):
             square = _running_mean(mean_square, grads.get(leaf.path))
-            size = jnp.sqrt(square / (1 - _DECAY ** (state.count + 1)))
+            size = jnp.sqrt(square / (1 - _DECAY**later))
             violation = leaf.constraint.violation(leaf.weight, leaf.scale, window)
             grown = strength * rise * violation / jnp.where(leaf.scale > 0, leaf.scale, 1)
             multiplier += grown.astype(multiplier.dtype)
@@ -126,7 +132,7 @@ def closing(
         updates, inner_state = optimizer.update(updates, state.inner, params, **extra_args)
         updates = _put_on_levels(updates, leaves, closed)
         return updates, state._replace(
-            count=optax.safe_increment(state.count),
+            count=later,
             multipliers=_unflatten_like(state.multipliers, multipliers),
             window=jnp.asarray(window, state.window.dtype),
             mean_square=_unflatten_like(state.mean_square, squares),

@@ -18,7 +18,7 @@ def ste(
     mask: MaskSpec = None,
     scale_axis: int | tuple[int, ...] | None = None,
     scale_fn: ScaleFn | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The straight-through estimator: a link that measures scales, and passes gradients through.
 
     There are no multipliers, and latent weights stay off their levels; the forward weights of
@@ -68,7 +68,7 @@ def ste(
         del params
         return updates, state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
 
 
 def measure(

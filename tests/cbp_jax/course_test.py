@@ -231,3 +231,24 @@ def test_very_short_runs_end_on_their_levels_where_they_can(steps):
     optimizer = cbp_jax.closing(optax.sgd(0.05), "binary", steps)
     ours, state, _ = follow(optimizer, params, gradients[: max(steps, 3)])
     assert float(cbp_jax.constraint_failure_score(ours, state)) == 0
+
+
+def test_optax_finds_the_copies_of_the_parameters():
+    params, _ = in_float32()
+    optimizer = cbp_jax.closing(optax.adam(0.05), "binary", STEPS)
+    state = optimizer.init(params)
+    marked = optax.tree_utils.tree_map_params(optimizer, lambda w: w + 1, state)
+    np.testing.assert_array_equal(marked.multipliers["kernel"], np.ones((6, 4)))
+    np.testing.assert_array_equal(marked.inner[0].mu["bias"], np.ones(4))
+    assert float(marked.mean_square["kernel"]) == 0
+    assert float(marked.weight_scale["kernel"]) == float(state.weight_scale["kernel"])
+
+
+def test_the_count_saturates():
+    params, gradients = in_float32()
+    optimizer = cbp_jax.closing(optax.sgd(0.05), "binary", STEPS)
+    state = optimizer.init(params)._replace(count=jnp.int32(2**31 - 1))
+    _, state = optimizer.update(gradients[0], state, params)
+    assert int(state.count) == 2**31 - 1
+    assert float(jnp.max(jnp.abs(state.multipliers["kernel"]))) == 0
+    assert np.isinf(state.window)
