@@ -9,7 +9,7 @@ import optax
 from cbp_jax.masking import PyTree, flatten_with_paths
 from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
 from cbp_jax.scales import ScaleFn
-from cbp_jax.state import ClosingState, ConstrainedLeaf, float_dtype, pair_all
+from cbp_jax.state import ClosingState, ConstrainedLeaf, State, float_dtype, pair_all
 from cbp_jax.straight_through import check_axes, measure
 from cbp_jax.transform import add_to_updates, check_count, zero_multipliers
 
@@ -64,7 +64,8 @@ def closing(
       to `inner`, and needs no `value`.
 
     Raises:
-      ValueError: as `cbp_jax.cbp` does; or if `closes_at` is not in (0, 1] or `strength` negative.
+      ValueError: as `cbp_jax.cbp` does; if `closes_at` is not in (0, 1] or `strength` negative;
+        from `init`, if `inner` has a link of this library in it.
       TypeError: from `init`, if a leaf to be constrained is not floating.
 
     Example:
@@ -93,6 +94,13 @@ def closing(
 
     def init_fn(params: PyTree) -> ClosingState:
         constraints, scales = measure(rules, mask, params, kept_axes, scale_fn)
+        inner_state = optimizer.init(params)
+        nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, State))
+        if any(isinstance(node, State) for node in nodes):
+            raise ValueError(
+                "the optimizer inside closing has a link of cbp_jax in it, which quantize would "
+                "not find: give closing a mapping of patterns to constraints instead"
+            )
         return ClosingState(
             count=jnp.zeros((), jnp.int32),
             constraints=constraints,
@@ -100,7 +108,7 @@ def closing(
             weight_scale=scales,
             window=jnp.ones((), float_dtype()),
             mean_square=jax.tree.map(lambda scale: jnp.zeros_like(scale, shape=()), scales),
-            inner=optimizer.init(params),
+            inner=inner_state,
         )
 
     def update_fn(

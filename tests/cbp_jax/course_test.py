@@ -252,3 +252,9 @@ def test_the_count_saturates():
     assert int(state.count) == 2**31 - 1
     assert float(jnp.max(jnp.abs(state.multipliers["kernel"]))) == 0
     assert np.isinf(state.window)
+
+
+def test_a_link_inside_is_refused():
+    inner = optax.chain(cbp_jax.ste("ternary"), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="inside closing has a link of cbp_jax in it"):
+        cbp_jax.closing(inner, "binary", 10).init(in_float32()[0])
