@@ -32,16 +32,16 @@ def closing(
     The paper's rule, `cbp_jax.cbp`, needs a multiplier rate in the unit of the loss's gradient, and
     epochs and patience such that the window closes in time. This one needs the number of steps.
     With the progress `p`, which rises from 0 to 1 over the first `closes_at * total_steps` calls,
-    and the root mean square `r` of the leaf's gradient, a running one:
+    and the running root mean square `r` of the leaf's gradient:
 
         window        g = 1 / (1 - p)
         multiplier    += strength * (change of p^3) * violation(w, g) / scale
         updates       = inner(gradient + r * multiplier * violation_grad(w, g))
 
-    So a multiplier has no unit. It grows slowly while weights shall be free to change their level,
-    and fast at the end. Then, as the window is infinite, constrained weights are put on their
-    levels, `w = q(w)`, and stay there, while the others (norm parameters, biases, first and last
-    layers) and the batch statistics settle.
+    So a multiplier has no unit. It grows slowly at first, while weights must be free to change
+    their level, and fast at the end. Once the window is infinite, constrained weights are put on
+    their levels, `w = q(w)`, and stay there, while the other parameters and the batch statistics
+    settle.
 
     Args:
       inner: the optimizer of all parameters, such as `optax.adamw(schedule)`, without links of this
@@ -81,8 +81,8 @@ def closing(
       >>> print(cbp_jax.constraint_failure_score(params, state))
       0.0
 
-    Reference: Kim and Jeong (2021) for multipliers and window; the course is this project's, with
-      the experiments that led to it in `docs/methods.md`.
+    Reference: Kim and Jeong (2021) for multipliers and window; the course is this project's, and
+      `docs/methods.md` compares it with other methods.
     """
     rules, kept_axes = compile_rules(constraint), check_axes(scale_axis)
     total_steps = check_count("total_steps", total_steps)
@@ -115,7 +115,7 @@ def closing(
         updates: PyTree, state: ClosingState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, ClosingState]:
         leaves = pair_all(params, state)
-        # The last two of these calls put weights on their levels: the sum of the first may round.
+        # Two calls short, so that two put weights on their levels: the first sum may round.
         steps = jnp.maximum(jnp.asarray(closes_at * total_steps, float_dtype()) - 2, 1)
         later = optax.safe_increment(state.count)
         p, after = (jnp.minimum(count / steps, 1) for count in (state.count, later))

@@ -142,7 +142,8 @@ def _replace_variables(module: PyTree, values: dict[Path, jax.Array]) -> PyTree:
 def window(opt_state: optax.OptState) -> jax.Array:
     """Returns the current window `g`, for schedules and logs.
 
-    It starts at `initial_window` and grows to infinity, where every weight is constrained.
+    It starts at `initial_window`, under `closing` at 1, and grows to infinity, where every weight
+    is constrained. Under `closing` it is that of the last step.
 
     Args:
       opt_state: any optimizer state with one or more links' states in it.
@@ -151,7 +152,7 @@ def window(opt_state: optax.OptState) -> jax.Array:
       Array of shape (), float; the smallest window if there are several links.
 
     Raises:
-      ValueError: if the state holds no `CBPState`, as under `ste`.
+      ValueError: if no link in the state has a window, as under `ste`.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -163,7 +164,9 @@ def window(opt_state: optax.OptState) -> jax.Array:
     states = find_states(opt_state)
     windows = [state.window for state in states if not isinstance(state, STEState)]
     if not windows:
-        raise ValueError("`ste` has no window: give the state of an optimizer with cbp_jax.cbp")
+        raise ValueError(
+            "`ste` has no window: give the state of an optimizer with cbp_jax.cbp or closing"
+        )
     return windows[0] if len(windows) == 1 else jnp.min(jnp.stack(windows))
 
 
@@ -175,7 +178,7 @@ def refit_scales(
     Args:
       params: the latent weights.
       opt_state: any optimizer state with one or more links' states in it; it is not changed.
-      scale_fn: the function given to `cbp`; None measures the mean absolute value.
+      scale_fn: the function given to the link; None measures the mean absolute value.
 
     Returns:
       A state of the same structure with a new `weight_scale`, per tensor or per channel as before.
@@ -222,8 +225,9 @@ def find_states(opt_state: optax.OptState) -> list[State]:
     states = [_unwrap_variables(node) for node in nodes if isinstance(node, State)]
     if not states:
         raise ValueError(
-            "no CBPState in this optimizer state: give the state of an optimizer with cbp_jax.cbp, "
-            "cbp_jax.cbp_sgd or cbp_jax.ste in it, as its init or update returned it "
+            "no CBPState in this optimizer state, nor that of another link: give the state of an "
+            "optimizer with cbp_jax.cbp, cbp_sgd, closing or ste in it, as its init or update "
+            "returned it "
             f"(got {type(opt_state).__name__})"
         )
     return states
@@ -265,7 +269,8 @@ def pair_all(params: PyTree | None, state: State) -> list[ConstrainedLeaf]:
     """
     if params is None:
         raise ValueError(
-            "cbp needs the parameters: call optimizer.update(grads, state, params, value=loss)"
+            "the link needs the parameters: call optimizer.update(grads, state, params), under cbp "
+            "with value=loss"
         )
     weights = dict(flatten_with_paths(params))
     leaves = pair_with_state(weights, state)

@@ -56,7 +56,7 @@ def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     ground = {
         "fashion_mnist": _fashion_mnist,
         "resnet20": _resnet20,
-        "text_llama": _text_llama,
+        "text_llama": text_llama.get_config,
     }[config.ground]
     base = ground()
     base.update({name: config[name] for name in ("data_dir", "teacher", "constrained")})
@@ -93,10 +93,6 @@ def _resnet20() -> ml_collections.ConfigDict:
     config.checkpoint_steps = 100
     config.keep_checkpoints = 1
     return config
-
-
-def _text_llama() -> ml_collections.ConfigDict:
-    return text_llama.get_config()
 
 
 def trials(method: str, rates: Sequence[float]) -> list[Mapping[str, Any]]:
