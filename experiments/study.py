@@ -3,7 +3,7 @@
     python experiments/study.py --config.ground=fashion_mnist --workdir=runs/study/fashion_mnist
     python experiments/study.py --config.ground=resnet20 --config.pretrained=FILE \\
         --workdir=runs/study/resnet20
-    python experiments/study.py --config.ground=fashion_mnist --config.ablation \\
+    python experiments/study.py --config.ground=fashion_mnist --config.variants=course \\
         --config.constraints="('binary','ternary')" --workdir=runs/study/course
     python experiments/study.py --config.ground=text_llama --config.text=FILE \\
         --workdir=runs/study/text_llama
@@ -22,14 +22,19 @@ import fashion_mnist
 import ml_collections
 import text_llama
 from common import launch
+from common.config import ConfigError
 
 if TYPE_CHECKING:
     from common.comparison import Comparison
 
+Trials = Mapping[str, Sequence[Mapping[str, Any]]]  # by method, or variant of one
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
+GROUNDS = ("fashion_mnist", "resnet20", "text_llama")
 METHODS = (
     "full_precision", "rounding", "ste", "binary_relax", "parq", "no_window", "cbp", "closing",
 )  # fmt: skip
+# Fields of a run's config that a study has too.
+_PASSED_ON = ("data_dir", "teacher", "constrained", "keep_weights")
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -39,14 +44,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.constraints = CONSTRAINTS
     config.tuned_on = "binary"
     config.seeds = 3
-    config.ablation = False  # closing alone: when it closes, and how strong its multipliers are
+    # Instead of trials: course (of closing: when it closes, how strong its multipliers are), or
+    # layers (all of them constrained; then each of them free in turn).
+    config.variants = ""
     config.learning_rates = ()  # that each method tries; empty: three of the ground's
+    config.rates_alone = False  # try nothing else
     config.epochs = 0  # 0: those of the ground
     config.pretrained = ""  # of resnet20: the file
     config.text = ""  # of text_llama: the file
     config.data_dir = ""  # empty: TFDS_DATA_DIR
     config.teacher = ""  # or pretrained: distillation, for all methods
     config.constrained = ""  # or all: first and last layer too
+    config.keep_weights = False  # of each layer, after each epoch, for a figure
     config.distributed = False
     return config
 
@@ -59,7 +68,7 @@ def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         "text_llama": text_llama.get_config,
     }[config.ground]
     base = ground()
-    base.update({name: config[name] for name in ("data_dir", "teacher", "constrained")})
+    base.update({name: config[name] for name in _PASSED_ON})
     base.pretrained, base.text = config.pretrained, config.text
     if config.epochs:
         base.epochs = config.epochs
@@ -95,8 +104,12 @@ def _resnet20() -> ml_collections.ConfigDict:
     return config
 
 
-def trials(method: str, rates: Sequence[float]) -> list[Mapping[str, Any]]:
+def trials(
+    method: str, rates: Sequence[float], rates_alone: bool = False
+) -> list[Mapping[str, Any]]:
     """The settings of a method to try: each learning rate with two values of what else it has."""
+    if rates_alone:
+        return [{"learning_rate": rate} for rate in rates]
     other: dict[str, Sequence[Any]] = {"schedule": ("cosine", "linear")}
     if method == "closing":
         other = {"closes_at": (0.6, 0.8)}
@@ -110,7 +123,7 @@ def trials(method: str, rates: Sequence[float]) -> list[Mapping[str, Any]]:
     ]
 
 
-def ablation(rate: float) -> dict[str, list[Mapping[str, Any]]]:
+def course(rate: float) -> Trials:
     """Variants of closing at one learning rate; of strength 0 are weights put on their levels."""
     variants = itertools.product((0.4, 0.6, 0.8, 1.0), (10.0, 0.0))
     chosen = [*variants, (0.8, 100.0)]
@@ -123,18 +136,46 @@ def ablation(rate: float) -> dict[str, list[Mapping[str, Any]]]:
     }
 
 
+def layers(base: ml_collections.ConfigDict, methods: Sequence[str], rate: float) -> Trials:
+    """Every kernel constrained; then each of them in full precision in turn."""
+    from common.report.layers import variant
+    from common.training.setup import every_kernel
+
+    kernels = every_kernel(base)
+    patterns = {None: "all"} | {kernel: f"(?!{kernel}$).*kernel" for kernel in kernels}
+    return {
+        variant(method, kernel): [{"method": method, "learning_rate": rate, "constrained": pattern}]
+        for method in methods
+        for kernel, pattern in patterns.items()
+    }
+
+
 def comparison(config: ml_collections.ConfigDict) -> "Comparison":
     from common.comparison import Comparison  # slow to import, as `launch` says
 
+    for name, values, choices in (
+        ("ground", (config.ground,), GROUNDS),
+        ("methods", config.methods, METHODS),
+        ("constraints", (*config.constraints, config.tuned_on), CONSTRAINTS),
+        ("variants", (config.variants,), ("", "course", "layers")),
+    ):
+        if unknown := [value for value in values if value not in choices]:
+            known = ", ".join(choice or "''" for choice in choices)
+            raise ConfigError(f"--config.{name}: {unknown[0]!r} is none of {known}")
     own = (5e-4, 1e-3, 2e-3) if config.ground == "text_llama" else (1e-2, 3e-2, 1e-1)
-    rates = config.learning_rates or own
+    rates, base = config.learning_rates or own, base_config(config)
+    methods: Trials = {
+        method: trials(method, rates, config.rates_alone) for method in config.methods
+    }
+    if config.variants == "course":
+        methods = course(rates[-1])
+    elif config.variants == "layers":
+        methods = layers(base, config.methods, rates[-1])
     return Comparison(
-        base=base_config(config),
+        base=base,
         constraints=config.constraints,
         tuned_on=config.tuned_on,
-        trials=ablation(rates[-1])
-        if config.ablation
-        else {method: trials(method, rates) for method in config.methods},
+        trials=methods,
         seeds=config.seeds,
         better="eval_loss" if config.ground == "text_llama" else "top1",
     )

@@ -6,6 +6,7 @@ says which trial was the best.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
 from common import study
 from common.report.workdir import Summary
@@ -38,15 +40,17 @@ def run(comparison: Comparison, workdir: Path) -> None:
 
     Raises:
       ConfigError: if a folder holds a finished run of another config.
+      FloatingPointError: if all trials of a method diverge, or a seed of the best one.
     """
     for seed in range(comparison.seeds):
         _pretrain(comparison, workdir, seed)
     for method in comparison.trials:
         best = choose(comparison, workdir, method)
         changes = comparison.trials[method][best]
-        _keep_as_first_seed(workdir / comparison.tuned_on / method, best)
         # The weights that go on in full precision have no constraint.
         every = (comparison.tuned_on,) if method == "full_precision" else comparison.constraints
+        if comparison.tuned_on in every:
+            _keep_as_first_seed(workdir / comparison.tuned_on / method, best)
         for constraint in every:
             for seed in range(comparison.seeds):
                 _cell(comparison, workdir, constraint, method, f"seed{seed}", seed, changes)
@@ -54,36 +58,51 @@ def run(comparison: Comparison, workdir: Path) -> None:
 
 def choose(comparison: Comparison, workdir: Path, method: str) -> int:
     """Runs a method's trials, and returns which one is the best on the validation data."""
-    found = [
-        (_cell(comparison, workdir, comparison.tuned_on, method, f"trial{n}", 0, changes), changes)
-        for n, changes in enumerate(comparison.trials[method])
-    ]
+    scores = [_score(comparison, workdir, method, n) for n in range(len(comparison.trials[method]))]
+    finite = [n for n, score in enumerate(scores) if score is not None]
+    if not finite:
+        raise FloatingPointError(
+            f"each of the {len(scores)} trials of {method} diverged: try lower learning rates"
+        )
     sign = -1 if comparison.better == "eval_loss" else 1
-
-    def score(summary: Summary) -> float:
-        return sign * float(getattr(summary, comparison.better))
-
-    best = max(range(len(found)), key=lambda n: score(found[n][0]))
+    best = max(finite, key=lambda n: sign * scores[n])  # type: ignore[operator]
     record = {
         "chosen": best,
         "by": comparison.better,
         "trials": [
-            {**changes, comparison.better: getattr(summary, comparison.better)}
-            for summary, changes in found
+            {**changes, comparison.better: score}
+            for changes, score in zip(comparison.trials[method], scores, strict=True)
         ],
     }
     if jax.process_index() == 0:
         file = workdir / comparison.tuned_on / method / "chosen.json"
         file.write_text(json.dumps(record, indent=2) + "\n")
-    log(f"{method}: trial {best} of {len(found)}, {found[best][1]}")
+    log(f"{method}: trial {best} of {len(scores)}, {comparison.trials[method][best]}")
     return best
 
 
+def _score(comparison: Comparison, workdir: Path, method: str, trial: int) -> float | None:
+    """The figure of a trial; None if it diverged."""
+    changes, name = comparison.trials[method][trial], f"trial{trial}"
+    try:
+        summary = _cell(comparison, workdir, comparison.tuned_on, method, name, 0, changes)
+    except FloatingPointError as error:
+        log(f"{method}: trial {trial} diverged: {error}")
+        return None
+    score = float(getattr(summary, comparison.better))
+    return score if math.isfinite(score) else None
+
+
 def _keep_as_first_seed(folder: Path, trial: int) -> None:
-    """Copies a trial: trials have seed 0, so that it is the run of this seed."""
+    """Copies a trial, which is the run of seed 0; its summary comes last, as in a run."""
     source, target = folder / f"trial{trial}", folder / "seed0"
     if jax.process_index() == 0 and not (target / "summary.json").exists():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        ignored = shutil.ignore_patterns("summary.json", "checkpoints", "tensorboard")
+        shutil.copytree(source, target, ignore=ignored)
+        shutil.copy(source / "summary.json", target)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first seed")
 
 
 def _pretrain(comparison: Comparison, workdir: Path, seed: int) -> None:

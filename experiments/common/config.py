@@ -104,6 +104,7 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.checkpoint_steps = 0  # steps between further checkpoints within an epoch; 0: none
     config.keep_checkpoints = 3
     config.figures = True  # of the run: its training, and histograms of each layer's weights
+    config.keep_weights = False  # of each layer, after each epoch, as weights_stepN.npz
     config.preflight = True  # check data, weights and memory before the first step
     return config
 

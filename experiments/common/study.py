@@ -22,7 +22,8 @@ from common.training.settle import differences, saved_config, settle
 PRETRAIN = "pretrain"
 # Where a run found its weights, data and hosts: nothing that a finished run depends on.
 _PLACES = (
-    "pretrained", "data_dir", "workers", "figures", "preflight", "distributed", "coordinator",
+    "pretrained", "data_dir", "workers", "figures", "preflight", "keep_weights",
+    "distributed", "coordinator",
     "num_processes", "process_id",
 )  # fmt: skip
 

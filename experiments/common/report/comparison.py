@@ -1,6 +1,7 @@
 """Tables and figures of a comparison of methods, from what its runs left."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,29 @@ class Cell(NamedTuple):
     method: str
     summaries: Sequence[Summary]
     folders: Sequence[Path]
+
+
+class Difference(NamedTuple):
+    """Of two cells that share seeds, in the unit of `result`."""
+
+    mean: float
+    error: float  # standard error of the mean; nan of one seed
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if it is larger than two standard errors, else 0."""
+        return int(np.sign(self.mean)) if abs(self.mean) > 2 * self.error else 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.error:.2f}"
+
+
+def difference(a: Cell, b: Cell) -> Difference:
+    """Returns a - b, paired by seed: runs of one seed start from the same weights."""
+    of_b = {summary.seed: result(summary) for summary in b.summaries}
+    values = [result(s) - of_b[s.seed] for s in a.summaries if s.seed in of_b]
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return Difference(float(np.mean(values)), error)
 
 
 def cells(folder: Path) -> dict[tuple[str, str], Cell]:
@@ -90,7 +114,8 @@ def tuning_table(folder: Path) -> str:
         for file in sorted(folder.glob(f"*/{method}/chosen.json")):
             record = json.loads(file.read_text())
             trials, by = record["trials"], record["by"]
-            best, scores = trials[record["chosen"]], [trial[by] for trial in trials]
+            best = trials[record["chosen"]]
+            scores = [trial[by] for trial in trials if trial[by] is not None]
             settings = ", ".join(f"{name} {value}" for name, value in best.items() if name != by)
             shown: Callable[[float], str] = (
                 (lambda score: f"{score:.3f}")
@@ -98,6 +123,8 @@ def tuning_table(folder: Path) -> str:
                 else (lambda score: f"{score:.2%}")
             )
             spread_of_trials = f"{shown(min(scores))} to {shown(max(scores))}"
+            if diverged := len(trials) - len(scores):
+                spread_of_trials += f", {diverged} diverged"
             rows.append(
                 [METHODS[method], str(len(trials)), settings, shown(best[by]), spread_of_trials]
             )

@@ -55,6 +55,7 @@ class Summary:
     test_top1: float | None = None
     test_loss: float | None = None
     full_precision_test_top1: float | None = None
+    multipliers: Mapping[str, float] | None = None  # the mean of each layer, if it has any
 
     @property
     def constrained(self) -> bool:
@@ -90,9 +91,10 @@ class Workdir:
         (path / "metrics.jsonl").unlink(missing_ok=True)
         if rows:
             self._replace("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        snapshots = ("weights_before.npz", "weights_midway.npz")
-        for name in ("summary.json", deploy.PACKED_FILE, *(snapshots if step is None else ())):
+        for name in ("summary.json", deploy.PACKED_FILE):
             (path / name).unlink(missing_ok=True)
+        for snapshot in path.glob("weights_*.npz") if step is None else ():
+            snapshot.unlink()
 
     def close(self) -> None:
         """Closes TensorBoard's file."""
@@ -133,7 +135,7 @@ class Workdir:
         self._tensorboard.flush()
 
     def save_weights(self, moment: str, weights: Mapping[str, np.ndarray]) -> None:
-        """Keeps the weights of "before" or "midway" for the histograms."""
+        """Keeps the weights of "before" or "midway", for the histograms, or of "stepN"."""
         if self._writes:
             np.savez(self.path / f"weights_{moment}.npz", **weights)  # type: ignore[arg-type]
 

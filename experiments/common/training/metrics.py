@@ -45,7 +45,7 @@ def epoch_row(
         "eval_loss": accuracy["loss"],
     }
     if setup.constrained:
-        row["violation"] = {name: float(v) for name, v in _layer_violations(deployed).items()}
+        row |= jax.tree.map(float, _layer_means(deployed))
     return row | {"images_per_second": images_per_second, "unreadable": int(sums.unreadable)}
 
 
@@ -84,10 +84,14 @@ def _constraint_metrics(state: TrainState) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def _layer_violations(state: TrainState) -> dict[str, jax.Array]:
-    """The mean violation of each constrained layer, in units of its scale."""
+def _layer_means(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """Each layer's mean violation, in units of its scale, and mean multiplier, if it has any."""
     layers = cbp_jax.layer_report(state.params, state.opt_state).layers
-    return {layer.layer: layer.violation for layer in layers}
+    found = {"violation": {layer.layer: layer.violation for layer in layers}}
+    multipliers = {
+        layer.layer: layer.multiplier_mean for layer in layers if layer.multiplier_mean is not None
+    }
+    return found | ({"multiplier": multipliers} if multipliers else {})
 
 
 def relative_weights(state: TrainState) -> dict[str, np.ndarray]:

@@ -140,7 +140,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
                     folder.append_metrics(row)
                     meter.end_epoch(row)
                     if setup.constrained:
-                        record = _keep_midway(record, row, deployed_state(state, setup), folder)
+                        deployed = deployed_state(state, setup)
+                        record = _keep_midway(record, row, deployed, folder)
+                        if config.keep_weights:
+                            folder.save_weights(f"step{step}", relative_weights(deployed))
                     state = _reset_sums(state)
                 if step == setup.total_steps or stop.after(step):
                     break
@@ -278,6 +281,7 @@ def _summarize(
         full_precision_test_top1=(
             record.full_precision_test_top1 if post_train else on_test.get("top1")
         ),
+        multipliers=row.get("multiplier"),
     )
 
 

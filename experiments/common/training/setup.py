@@ -180,6 +180,16 @@ def make_network(config: ml_collections.FrozenConfigDict, pretrained: str) -> Ne
     return Network(graphdef, params, batch_stats, constrained)
 
 
+def every_kernel(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns the path of each of the network's kernels, in the order of the tree."""
+    drawn = ml_collections.ConfigDict(config.to_dict())
+    drawn.constrained = "all"
+    network = make_network(ml_collections.FrozenConfigDict(drawn), "random")
+    link = cbp_jax.ste("binary", mask=cbp_jax.select(include=network.constrained))
+    report = cbp_jax.layer_report(network.params, link.init(network.params))
+    return [layer.layer for layer in report.layers]
+
+
 def _constrained(config: ml_collections.FrozenConfigDict, params: PyTree) -> str:
     """The pattern that the config asks for; empty: the network's own."""
     pattern = _EVERY_KERNEL if config.constrained == "all" else config.constrained
