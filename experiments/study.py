@@ -47,6 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Instead of trials: course (of closing: when it closes, how strong its multipliers are), or
     # layers (all of them constrained; then each of them free in turn).
     config.variants = ""
+    config.closes_at = (0.5, 0.7, 0.8, 0.9, 1.0)  # of course
+    config.strengths = (0.0, 10.0, 100.0)  # of course
     config.learning_rates = ()  # that each method tries; empty: three of the ground's
     config.rates_alone = False  # try nothing else
     config.epochs = 0  # 0: those of the ground
@@ -123,16 +125,14 @@ def trials(
     ]
 
 
-def course(rate: float) -> Trials:
+def course(rate: float, shares: Sequence[float], strengths: Sequence[float]) -> Trials:
     """Variants of closing at one learning rate; of strength 0 are weights put on their levels."""
-    variants = itertools.product((0.4, 0.6, 0.8, 1.0), (10.0, 0.0))
-    chosen = [*variants, (0.8, 100.0)]
     fixed = {"method": "closing", "learning_rate": rate}
     return {
-        f"closes_at_{share}_strength_{strength:g}": [
+        f"closes_at_{share:g}_strength_{strength:g}": [
             {**fixed, "closes_at": share, "strength": strength}
         ]
-        for share, strength in chosen
+        for share, strength in itertools.product(shares, strengths)
     }
 
 
@@ -168,7 +168,7 @@ def comparison(config: ml_collections.ConfigDict) -> "Comparison":
         method: trials(method, rates, config.rates_alone) for method in config.methods
     }
     if config.variants == "course":
-        methods = course(rates[-1])
+        methods = course(rates[-1], config.closes_at, config.strengths)
     elif config.variants == "layers":
         methods = layers(base, config.methods, rates[-1])
     return Comparison(

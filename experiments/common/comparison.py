@@ -108,7 +108,8 @@ def _keep_as_first_seed(folder: Path, trial: int) -> None:
 def _pretrain(comparison: Comparison, workdir: Path, seed: int) -> None:
     """Pre-trains the network of a seed, unless the config names weights that exist."""
     if not comparison.base.pretrained:
-        changes = {"phase": "pretrain", "seed": seed}
+        # The others are of no account in pre-training, so that studies may share its folder.
+        changes = {"phase": "pretrain", "seed": seed, "teacher": "", "constrained": ""}
         study.finish(comparison.base, workdir, study.Entry(f"pretrain/seed{seed}", changes))
 
 
