@@ -16,15 +16,27 @@ Fashion-MNIST and CIFAR-10:
     python experiments/cifar10_resnet20.py --workdir=$resnet20/binary --config.constraint=binary \\
       --config.pretrained=$resnet20/pretrain --config.steps_per_epoch=50 --config.epochs=40 \\
       --config.patience=1 --config.multiplier_learning_rate=3e-3
-    python experiments/study.py --workdir=$results/study/fashion_mnist \\
-      --config.methods="('ste','closing','parq','cbp','full_precision')" \\
-      --config.constraints="('binary','ternary')"
-    for method in ste closing; do  # FILE: akamaster's resnet20-12fca82f.th
-      python experiments/cifar10_resnet20.py --workdir=$results/resnet20_of_others/binary_$method \\
-        --config.pretrained=FILE --config.normalization=imagenet --config.method=$method \\
-        --config.learning_rate=0.03 --config.epochs=6 --config.steps_per_epoch=117 \\
-        --config.validation_images=5000 --config.reestimate_batches=50 --config.figures=False
-    done
+    study="python experiments/study.py --workdir=$results/study"
+    $study/fashion_mnist --config.learning_rates="(0.01,0.03,0.1,0.3)"
+    one="--config.learning_rates=(0.1,) --config.rates_alone"
+    both="--config.constraints=('binary','ternary')"
+    # The next three start from the weights of the first: copy its folder pretrain into theirs.
+    $study/fashion_mnist_course --config.variants=course --config.strengths="(0.0,10.0)" \\
+      --config.learning_rates="(0.1,)" --config.constraints="('binary',)"
+    $study/fashion_mnist_layers --config.variants=layers --config.methods="('closing','cbp')" \\
+      --config.learning_rates="(0.1,)" --config.constraints="('binary',)"
+    $study/fashion_mnist_distilled --config.teacher=pretrained $one $both \\
+      --config.methods="('ste','parq','closing')"
+    $study/fashion_mnist_scratch --config.pretrained=random --config.epochs=160 $one $both \\
+      --config.methods="('cbp','closing','ste')"
+    python experiments/study.py --workdir=$results/splitting $one --config.keep_weights \\
+      --config.methods="('ste','cbp','closing')" --config.constraints="('ternary',)" \\
+      --config.tuned_on=ternary --config.seeds=1 \\
+      --config.pretrained=$results/study/fashion_mnist/pretrain/seed0
+    # FILE: akamaster's resnet20-12fca82f.th
+    $study/resnet20 --config.ground=resnet20 --config.pretrained=FILE --config.epochs=12 $both \\
+      --config.methods="('ste','closing')" --config.learning_rates="(0.03,0.1,0.01)" \\
+      --config.rates_alone --config.seeds=1
     python experiments/text_llama.py --workdir=$results/text_llama --config.text=FILE \\
       --config.methods="('ste','closing')" --config.epochs=16 --config.figures=False
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
@@ -37,10 +49,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from benchmarks import closing, page, timing
 from common.report import comparison
+from common.report.claims import claims_table
+from common.report.layers import layers_table
+from common.report.splitting import plot_splitting
 from common.report.tables import format_table, results_table
 from common.report.workdir import METHODS, Summary, read_metrics
 
@@ -48,6 +64,7 @@ import cbp_jax
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+SPLITTING = ("ste", "cbp", "closing")
 _MARKER = re.compile(r"<!-- ([\w-]+):(?:begin|end) -->")
 _TABLE = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
@@ -144,31 +161,35 @@ def advice_table() -> str:
 
 
 def study_tables() -> dict[str, str]:
-    """Results and tuning of each ground of `study.py`."""
-    found = {}
-    for folder in sorted((RESULTS / "study").iterdir()):
-        found[f"study-{folder.name}"] = comparison.results_table(folder)
-        if _has_methods(folder):
+    """Results and tuning of each study, what it says about layers, and the paper's claims."""
+    studies, found = RESULTS / "study", {}
+    for folder in sorted(studies.iterdir()):
+        table = layers_table if folder.name.endswith("_layers") else comparison.results_table
+        found[f"study-{folder.name}"] = table(folder)
+        if any(len(trials(file)) > 1 for file in folder.glob("*/*/chosen.json")):
             found[f"study-{folder.name}-tuning"] = comparison.tuning_table(folder)
-    return found
+    pretrained, scratch = studies / "fashion_mnist", studies / "fashion_mnist_scratch"
+    return found | {"study-claims": claims_table(pretrained, scratch)}
 
 
-def _has_methods(folder: Path) -> bool:
-    """Whether a study compares methods, and not variants of one."""
-    return {method for _, method in comparison.cells(folder)} <= METHODS.keys()
+def trials(chosen: Path) -> list[Mapping[str, Any]]:
+    """The trials that a method's `chosen.json` lists."""
+    return json.loads(chosen.read_text())["trials"]
 
 
 def draw_study() -> None:
-    """Draws the figures of each ground of `study.py` beside its runs."""
-    for folder in sorted((RESULTS / "study").iterdir()):
-        if not _has_methods(folder):
-            continue
-        figures = folder / "figures"
-        title = folder.name.replace("_", " ")
-        if len({constraint for constraint, _ in comparison.cells(folder)}) > 1:
+    """Draws the figures of the comparisons of methods beside their runs."""
+    for name in ("fashion_mnist", "resnet20"):
+        folder = RESULTS / "study" / name
+        figures, title = folder / "figures", name.replace("_", " ")
+        if len({constraint for constraint, _ in comparison.cells(folder)}) > 2:
             comparison.plot_accuracy_against_bits(figures / "bits.png", title, folder)
         if list(folder.glob("binary/*/seed*/metrics.jsonl")):
             comparison.plot_over_steps(figures / "binary.png", f"{title}, binary", folder, "binary")
+    runs = {method: RESULTS / f"splitting/ternary/{method}/seed0" for method in SPLITTING}
+    if all(list(run.glob("weights_step*.npz")) for run in runs.values()):
+        path = RESULTS / "splitting" / "figures" / "ternary.png"
+        plot_splitting(path, "fashion mnist, ternary", runs, "hidden2/kernel", "ternary")
 
 
 def tables() -> dict[str, str]:
@@ -180,7 +201,6 @@ def tables() -> dict[str, str]:
         "cifar10_resnet20": short_run_table("cifar10_resnet20"),
         "closing": advice_table(),
         **study_tables(),
-        "resnet20_of_others": plain_table("resnet20_of_others"),
         "text_llama": plain_table("text_llama"),
         "cost": page.aims(),
     }

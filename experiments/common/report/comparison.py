@@ -93,7 +93,7 @@ def results_table(folder: Path) -> str:
         digits = 3 if runs[0].experiment == "text_llama" else 2
         rows.append(
             [
-                METHODS.get(method, method),
+                METHODS.get(method, method.replace("_", " ")),
                 *(
                     spread(list(map(result, cell.summaries)), digits) if cell else ""
                     for cell in row
