@@ -1,5 +1,6 @@
 """CBP by the number of steps: an optimizer's constrained weights are on their levels in time."""
 
+import math
 from typing import Any
 
 import jax
@@ -120,14 +121,16 @@ def closing(
         later = optax.safe_increment(state.count)
         p, after = (jnp.minimum(count / steps, 1) for count in (state.count, later))
         window, closed = 1 / (1 - p), p >= 1
-        rise = (after - p) * (after**2 + after * p + p**2)  # of p^3, without cancellation
+        # Of p^3, without cancellation; not `p**2`, which JAX compiles anew in calls outside of jit.
+        rise = (after - p) * (after * after + after * p + p * p)
+        bias_correction = -jnp.expm1(math.log(_DECAY) * later)
 
         grads = dict(flatten_with_paths(updates))
         squares, multipliers, forces = [], [], []
         old = (jax.tree.leaves(tree) for tree in (state.mean_square, state.multipliers))
         for leaf, mean_square, multiplier in zip(leaves, *old, strict=True):
             square = _running_mean(mean_square, grads.get(leaf.path))
-            size = jnp.sqrt(square / (1 - _DECAY**later))
+            size = jnp.sqrt(square / bias_correction)
             violation = leaf.constraint.violation(leaf.weight, leaf.scale, window)
             grown = strength * rise * violation / jnp.where(leaf.scale > 0, leaf.scale, 1)
             multiplier += grown.astype(multiplier.dtype)

@@ -1,12 +1,14 @@
 """How far the weights are from their levels: failure score, layer report, relative weights."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cbp_jax.constraints import Constraint
 from cbp_jax.masking import PyTree, path_string
 from cbp_jax.state import ConstrainedLeaf, constrained_leaves, find_states, float_dtype
 
@@ -209,15 +211,19 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
       >>> print(cbp_jax.level_histogram(params, state)["kernel"])
       [1 0 2]
     """
-    histogram = {}
-    for leaf in constrained_leaves(params, opt_state):
-        nearest = leaf.constraint.level_index(leaf.weight, leaf.scale)
-        levels = jnp.arange(len(leaf.constraint.levels))
-        # One reduction per level is sharded like the weights; a scatter (jnp.bincount) is not.
-        histogram[path_string(leaf.path)] = jax.lax.map(
-            lambda level, nearest=nearest: jnp.sum(nearest == level, dtype=jnp.int32), levels
-        )
-    return histogram
+    return {
+        path_string(leaf.path): _count_levels(leaf.constraint, leaf.weight, leaf.scale)
+        for leaf in constrained_leaves(params, opt_state)
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that calls outside of jit compile once
+def _count_levels(constraint: Constraint, w: jax.Array, scale: jax.Array) -> jax.Array:
+    nearest = constraint.level_index(w, scale)
+    # One reduction per level is sharded like the weights; a scatter (jnp.bincount) is not.
+    return jax.lax.map(
+        lambda level: jnp.sum(nearest == level, dtype=jnp.int32), jnp.arange(len(constraint.levels))
+    )
 
 
 def relative_weights(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.Array]:

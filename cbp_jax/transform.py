@@ -1,5 +1,6 @@
 """CBP as a link of an optax chain."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -199,27 +200,13 @@ def _start_of_epoch(
     grows = ended & (stalled | (used >= patience))
     window = jnp.where(grows, jnp.asarray(grow(state.window), state.window.dtype), state.window)
 
-    def ascend(
-        carry: tuple[jax.Array, PyTree, optax.OptState],
-    ) -> tuple[jax.Array, PyTree, optax.OptState]:
-        _, multipliers, opt_state = carry
-        old, treedef = jax.tree.leaves(multipliers), jax.tree.structure(multipliers)
-        descent = [
-            (-leaf.constraint.violation(leaf.weight, leaf.scale, window)).astype(multiplier.dtype)
-            for leaf, multiplier in zip(leaves, old, strict=True)
-        ]
-        steps, new_opt_state = ascent.update(
-            jax.tree.unflatten(treedef, descent), opt_state, multipliers
-        )
-        new = (optax.apply_updates(multipliers, steps), new_opt_state)
-        return jnp.zeros_like(grows), *_cast_like(new, (multipliers, opt_state))
-
-    # A loop of at most one turn: on a GPU some versions of XLA copy, in every step, everything that
-    # goes through a conditional.
     ascends = grows | ~state.started
-    carry = (ascends, state.multipliers, state.multiplier_opt_state)
+    constraints = tuple(leaf.constraint for leaf in leaves)
+    weights = tuple((leaf.weight, leaf.scale) for leaf in leaves)
     with jax.named_scope("move_multipliers"):
-        _, multipliers, opt_state = jax.lax.while_loop(lambda carry: carry[0], ascend, carry)
+        multipliers, opt_state = _move_multipliers(
+            ascent, constraints, ascends, weights, window, state
+        )
     previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
     return state._replace(
         started=jnp.ones((), bool),
@@ -231,6 +218,40 @@ def _start_of_epoch(
         patience_used=jnp.where(grows, 0, used),
         multiplier_updates=_increment_where(ascends, state.multiplier_updates),
     )
+
+
+# Jitted, so that calls outside of jit compile once.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _move_multipliers(
+    ascent: optax.GradientTransformationExtraArgs,
+    constraints: tuple[Constraint, ...],
+    ascends: jax.Array,
+    weights: tuple[tuple[jax.Array, jax.Array], ...],
+    window: jax.Array,
+    state: CBPState,
+) -> tuple[PyTree, optax.OptState]:
+    """Takes one ascent step on the violation, if it is time to; `weights` have their scales."""
+
+    def ascend(
+        carry: tuple[jax.Array, PyTree, optax.OptState],
+    ) -> tuple[jax.Array, PyTree, optax.OptState]:
+        _, multipliers, opt_state = carry
+        old, treedef = jax.tree.leaves(multipliers), jax.tree.structure(multipliers)
+        descent = [
+            (-constraint.violation(w, scale, window)).astype(multiplier.dtype)
+            for constraint, (w, scale), multiplier in zip(constraints, weights, old, strict=True)
+        ]
+        steps, new_opt_state = ascent.update(
+            jax.tree.unflatten(treedef, descent), opt_state, multipliers
+        )
+        new = (optax.apply_updates(multipliers, steps), new_opt_state)
+        return jnp.zeros_like(ascends), *_cast_like(new, (multipliers, opt_state))
+
+    # A loop of at most one turn: on a GPU some versions of XLA copy, in every step, everything that
+    # goes through a conditional.
+    carry = (ascends, state.multipliers, state.multiplier_opt_state)
+    _, multipliers, opt_state = jax.lax.while_loop(lambda carry: carry[0], ascend, carry)
+    return multipliers, opt_state
 
 
 def _end_of_step(

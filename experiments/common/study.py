@@ -17,15 +17,9 @@ from common.report import figures
 from common.report.tables import results_table
 from common.report.workdir import FULL_PRECISION, Summary, read_metrics
 from common.training.run import log, train_and_evaluate
-from common.training.settle import differences, saved_config, settle
+from common.training.settle import PLACES, differences, saved_config, settle
 
 PRETRAIN = "pretrain"
-# Where a run found its weights, data and hosts: nothing that a finished run depends on.
-_PLACES = (
-    "pretrained", "data_dir", "workers", "figures", "preflight", "keep_weights",
-    "distributed", "coordinator",
-    "num_processes", "process_id",
-)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -97,7 +91,7 @@ def finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Summ
         return train_and_evaluate(config, folder)
     saved = saved_config(folder)
     changed = differences(saved, settle(config, saved))
-    shown = ", ".join(f"{name} {change}" for name, change in changed.items() if name not in _PLACES)
+    shown = ", ".join(f"{name} {change}" for name, change in changed.items() if name not in PLACES)
     if shown:
         raise ConfigError(
             f"{folder} holds a finished run of another config (saved -> asked): {shown}; give "

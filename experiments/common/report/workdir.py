@@ -1,9 +1,11 @@
 """What a run leaves in its workdir: config, metrics, weights for the histograms, summary."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +113,18 @@ class Workdir:
         """Writes a file so that a crash leaves the old one or the new one."""
         if self._writes:
             new = self.path / f"{name}.new"
-            new.write_text(text)
+            with _named(self.path / name), new.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             new.replace(self.path / name)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds a line, and TensorBoard's scalars; what is not finite becomes null in JSON."""
         if not self._writes:
             return
-        with (self.path / "metrics.jsonl").open("a") as file:
+        path = self.path / "metrics.jsonl"
+        with _named(path), path.open("a") as file:
             file.write(json.dumps(_finite(row)) + "\n")
         if self._tensorboard is None:
             from tensorboardX import SummaryWriter  # slow to import where torch is installed
@@ -136,12 +142,24 @@ class Workdir:
 
     def save_weights(self, moment: str, weights: Mapping[str, np.ndarray]) -> None:
         """Keeps the weights of "before" or "midway", for the histograms, or of "stepN"."""
+        path = self.path / f"weights_{moment}.npz"
         if self._writes:
-            np.savez(self.path / f"weights_{moment}.npz", **weights)  # type: ignore[arg-type]
+            with _named(path):
+                np.savez(path, **weights)  # type: ignore[arg-type]
 
     def load_weights(self, moment: str) -> dict[str, np.ndarray]:
         with np.load(self.path / f"weights_{moment}.npz") as weights:
             return dict(weights)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file in errors of writing, which do not say it of themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

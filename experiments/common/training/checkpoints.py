@@ -43,6 +43,12 @@ class AnotherTreeError(ConfigError):
     """A checkpoint is intact, but of another network, optimizer or constraint."""
 
 
+def newest_step(folder: Path) -> int | None:
+    """Returns the step of a run's newest checkpoint that was written to its end, if any."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
 class Checkpoints:
     """The newest few checkpoints of a run, written in the background.
 
@@ -53,8 +59,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 3):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self.folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, PyTree], run: Mapping[str, Any]) -> None:
         """Copies trees off the device and writes them in the background, and `run` as JSON.
@@ -89,13 +95,13 @@ class Checkpoints:
         for step in steps:
             try:
                 read = functools.partial(self._restore_step, step)
-                trees, run = _restore(self._folder / str(step), read, like)
+                trees, run = _restore(self.folder / str(step), read, like)
             except AnotherTreeError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise anything
                 reason = str(error).strip().split("\n")[0][:200]
                 warnings.warn(
-                    f"the checkpoint of step {step} in {self._folder} cannot be read "
+                    f"the checkpoint of step {step} in {self.folder} cannot be read "
                     f"({type(error).__name__}: {reason}): trying the one before",
                     stacklevel=2,
                 )
@@ -106,7 +112,7 @@ class Checkpoints:
                 return step, trees, run
         if steps:
             raise ValueError(
-                f"none of the checkpoints in {self._folder} can be read (steps {steps}): give "
+                f"none of the checkpoints in {self.folder} can be read (steps {steps}): give "
                 "another workdir to start afresh"
             )
         return None
@@ -119,8 +125,8 @@ class Checkpoints:
             for step in steps:
                 later = (f"damaged_{step}_{count}" for count in itertools.count(2))
                 names = itertools.chain([f"damaged_{step}"], later)
-                free = next(name for name in names if not (self._folder / name).exists())
-                (self._folder / str(step)).rename(self._folder / free)
+                free = next(name for name in names if not (self.folder / name).exists())
+                (self.folder / str(step)).rename(self.folder / free)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoint")
         self._manager.reload()

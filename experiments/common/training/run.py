@@ -25,9 +25,9 @@ from common.report.workdir import (
     float32_bytes,
     packed_bytes,
 )
-from common.training import mesh
+from common.training import disk, lock, mesh
 from common.training.batch_statistics import make_reestimate
-from common.training.checkpoints import Checkpoints
+from common.training.checkpoints import Checkpoints, newest_step
 from common.training.distillation import distillation
 from common.training.loop import Meter, Stopped, StopRequest
 from common.training.metrics import (
@@ -39,7 +39,13 @@ from common.training.metrics import (
 )
 from common.training.preflight import preflight
 from common.training.restore import Record, restore_state, save_state
-from common.training.settle import check_resumable, is_constrained, saved_config, settle
+from common.training.settle import (
+    check_resumable,
+    is_constrained,
+    is_finished,
+    saved_config,
+    settle,
+)
 from common.training.setup import (
     Evaluate,
     Setup,
@@ -64,22 +70,33 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
       workdir: the run's folder; with several hosts, one that all of them see.
 
     Returns:
-      The summary, which is in the workdir too.
+      The summary, which is in the workdir too; a run that finished before is left as it is.
 
     Raises:
       Stopped: after SIGTERM or Ctrl-C, once the state is saved; the same call then resumes.
-      ConfigError: if a field of the config makes no sense, or does not fit the run in the workdir.
+      ConfigError: if a field of the config makes no sense, or does not fit the run in the workdir,
+        or another run uses the workdir.
       FileNotFoundError: if the data or the pre-trained weights do not exist.
+      DiskError: if the disk is full, or the workdir read-only.
       MemoryError: if a step does not fit the device.
       FloatingPointError: if the loss or a weight is not finite; the checkpoints stay as they are.
     """
+    with disk.explained(workdir), lock.locked(workdir):
+        return _train_and_evaluate(config, workdir)
+
+
+def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summary:
     started = time.perf_counter()
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    resumes, saved = checkpoints.newest() is not None, saved_config(workdir)
+    saved, newest = saved_config(workdir), newest_step(workdir / "checkpoints")
+    resumes = newest is not None
     config = settle(config, saved if resumes else None)
+    if newest is not None and is_finished(workdir, newest, saved, config):
+        log(f"{_title(config)}: finished before, see {workdir}")
+        return Summary.read(workdir)
     if resumes and (changes := check_resumable(saved, config)):
         log(f"resuming with another config (saved -> asked): {changes}")
 
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     loader = open_data(config)
     setup = make_setup(config, loader, load_weights=not resumes)
     state, shardings = initial_state(setup, config.seed)
@@ -97,6 +114,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
         setup.network.graphdef, setup.deployed_fn, loader.train_preprocess, shardings
     )
 
+    disk.check_space(workdir, state)
     record = Record(loader.train_images, setup.steps_per_epoch)
     if resumes:
         state, record = _resumed(checkpoints, state, record, setup.total_steps)
@@ -230,6 +248,7 @@ def _save(checkpoints: Checkpoints, state: TrainState, record: Record) -> None:
             "from before that. Lower --config.learning_rate or --config.pretrain_learning_rate, or "
             "use --config.dtype=float32"
         )
+    disk.check_space(checkpoints.folder, state)
     save_state(checkpoints, state, record)
 
 

@@ -11,7 +11,7 @@ import ml_collections
 import cbp_jax
 from common.config import ConfigError
 from common.models.torch_weights import TORCHVISION_OPTIONS
-from common.report.workdir import METHODS
+from common.report.workdir import METHODS, read_metrics
 
 RANDOM = "random"  # as `config.pretrained`
 PRETRAINED = "pretrained"  # as `config.teacher`
@@ -20,6 +20,11 @@ _FIXED = (
     "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
     "image_size", "color_jitter", "text", "context", "optimizer", "teacher", "distillation",
     "temperature", "validation_images", "normalization", "constrained",
+)  # fmt: skip
+# Where a run found its weights, data and hosts: nothing that a finished run depends on.
+PLACES = (
+    "pretrained", "data_dir", "workers", "figures", "preflight", "keep_weights", "distributed",
+    "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 
 
@@ -79,16 +84,36 @@ def check_resumable(saved: Mapping[str, Any], config: ml_collections.FrozenConfi
     """Returns a line on the fields that changed since the run began; empty if none did.
 
     Raises:
-      ConfigError: if one of them cannot change.
+      ConfigError: if one of them cannot change; the error has a table of all that differ.
     """
     changed = differences(saved, config)
-    fixed = [f"{name} {changed[name]}" for name in _FIXED if name in changed]
-    if fixed:
+    if any(name in _FIXED for name in changed):
+        rows = [("field", "saved", "asked", "may change")]
+        for name, change in changed.items():
+            before, after = change.split(" -> ", 1)
+            may_change = "no" if name in _FIXED else "yes"
+            rows.append((name, before or "''", after or "''", may_change))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
+        table = "\n  ".join(line.rstrip() for line in lines)
         raise ConfigError(
-            f"the run in this workdir has another config (saved -> asked): {', '.join(fixed)}; "
-            "use the saved values, or another --workdir"
+            f"the run in this workdir has another config:\n  {table}\n"
+            "use the saved values where they may not change, or another --workdir"
         )
     return ", ".join(f"{name} {change}" for name, change in changed.items())
+
+
+def is_finished(
+    workdir: Path, step: int, saved: Mapping[str, Any], config: ml_collections.FrozenConfigDict
+) -> bool:
+    """Whether a workdir, whose newest checkpoint is of `step`, holds a config's finished run."""
+    changed = differences(saved, config).keys() - set(PLACES)
+    if changed or not (workdir / "summary.json").exists():
+        return False
+    return [row["step"] for row in read_metrics(workdir)[-1:]] == [step]
 
 
 def is_constrained(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict) -> bool:

@@ -126,6 +126,19 @@ def test_a_run_killed_before_it_measured_an_epoch(uninterrupted, tmp_path):
     assert_same_run(workdir, uninterrupted)
 
 
+def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, capsys):
+    """Rerun as a requeue does, whatever the places of its data; another config goes on."""
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+    summary = train_and_evaluate(digits_config(workers=0), workdir)
+    assert summary == Summary.read(workdir)
+    assert "finished before" in capsys.readouterr().out
+    after = sorted((str(path), path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+    assert after == before
+    train_and_evaluate(digits_config(epochs=EPOCHS + 1), workdir)
+    assert read_metrics(workdir)[-1]["epoch"] == EPOCHS + 1
+
+
 def test_a_finished_run_measures_its_last_epoch_again(uninterrupted, tmp_path, capsys):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     (workdir / "summary.json").unlink()
@@ -147,12 +160,12 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(copy, uninterrup
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 16}, "batch_size 32 -> 16"),
-        ({"seed": 1}, "seed 0 -> 1"),
-        ({"method": "no_window"}, "method cbp -> no_window"),
-        ({"constraint": "binary"}, "constraint ternary -> binary"),
-        ({"phase": "pretrain"}, "phase post_train -> pretrain"),
-        ({"network": "small_mlp", "width": 8}, "network small_conv -> small_mlp"),
+        ({"batch_size": 16}, "batch_size +32 +16 +no"),
+        ({"seed": 1}, "seed +0 +1 +no"),
+        ({"method": "no_window"}, "method +cbp +no_window +no"),
+        ({"constraint": "binary"}, "constraint +ternary +binary +no"),
+        ({"phase": "pretrain"}, "phase +post_train +pretrain +no"),
+        ({"network": "small_mlp", "width": 8}, "network +small_conv +small_mlp +no"),
         ({"steps_per_epoch": 4}, "steps_per_epoch=5, not 4"),
     ],
 )

@@ -1,0 +1,91 @@
+"""Room on the disk: looked for before a run and each checkpoint, and missed in one line."""
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from common.config import ConfigError
+from common.training.checkpoints import newest_step
+
+PyTree = Any
+# Orbax writes a checkpoint before it removes the oldest.
+_CHECKPOINTS = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+# TensorStore, which writes checkpoints, says so in words alone.
+_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+
+
+class DiskError(ConfigError):
+    """A file cannot be written: the disk is full, or the folder read-only."""
+
+
+def check_space(folder: Path, state: PyTree) -> None:
+    """Checks that a disk has room for two checkpoints of a state.
+
+    Raises:
+      DiskError: if it has not.
+    """
+    needed = _CHECKPOINTS * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = _free(folder)
+    if free < needed:
+        raise DiskError(
+            f"two checkpoints need {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
+            f"free where {folder} is"
+        )
+
+
+@contextlib.contextmanager
+def explained(workdir: Path) -> Iterator[None]:
+    """Turns the errors of a full disk, or of a read-only folder, into one line.
+
+    Args:
+      workdir: of the run.
+
+    Raises:
+      DiskError: instead of such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error, workdir)
+        if not reason:
+            raise
+        step = newest_step(workdir / "checkpoints")
+        kept = "there is no checkpoint yet"
+        if step is not None:
+            kept = f"the checkpoint of step {step:,} is intact, and the same command resumes there"
+        raise DiskError(
+            f"{reason}. {_free(workdir) / 1e6:,.1f} MB are free: make room, or give another "
+            f"--workdir; {kept}"
+        ) from error
+
+
+def _reason(error: BaseException | None, workdir: Path) -> str:
+    """What a full disk, or a read-only workdir, has to do with an error; empty: nothing."""
+    while error is not None:
+        if isinstance(error, DiskError):
+            return str(error)
+        if isinstance(error, OSError):
+            file = Path(str(error.filename)) if error.filename else None
+            ours = file is not None and workdir.absolute() in (
+                file.absolute(),
+                *file.absolute().parents,
+            )
+            if error.errno in _FULL or (ours and error.errno in _READ_ONLY):
+                return f"cannot write {file or 'a file'}: {error.strerror}"
+        if found := next((words for words in _WORDS if words in str(error)), None):
+            return f"cannot write a checkpoint: {found}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
