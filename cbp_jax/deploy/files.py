@@ -1,5 +1,6 @@
 """Atomic replacement of files."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
       path: the file to write; the new file is in the same file system.
+
+    Raises:
+      FileNotFoundError: if the folder does not exist.
+      OSError: if `path` is a folder, or no regular file.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder: make it first", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder: give the path of a file", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file, and is not replaced", str(path))
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / path.name
         new.touch()

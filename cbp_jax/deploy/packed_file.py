@@ -60,11 +60,16 @@ from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor
 
 _FORMAT, _VERSION = "cbp_jax packed weights", "1"
 _LONGEST_HEADER = 100_000_000  # the limit of safetensors
+_DEEPEST = 100  # keys of a path: nested dictionaries are handled by recursion
+_MOST_AXES = 32  # as in numpy
+_LONGEST = 2**31 - 1  # elements of an empty tensor, were its axes of 0 of length 1
 _CHUNK = 1 << 20  # codes are checked in chunks of this many bytes times the bits per code
 
 
 def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
     """Saves packed weights to a file, atomically: a crash leaves an existing file unchanged.
+
+    The same weights give the same bytes.
 
     `cbp_jax/deploy/packed_file.py` describes the format byte by byte.
 
@@ -75,7 +80,8 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
     Raises:
       ValueError: if safetensors does not support the dtype of an array, or two tensors would have
         the same name in the file.
-      OSError: if the file cannot be written.
+      TypeError: if `packed` is not a `Packed`.
+      OSError: if the file cannot be written, as into a folder that does not exist or a full disk.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, cbp_jax
@@ -87,6 +93,8 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
       ...     cbp_jax.load_packed(path) == packed
       True
     """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"save_packed takes the result of pack, got {type(packed).__name__}")
     arrays: dict[str, np.ndarray] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, tensor in packed.tensors.items():
@@ -107,7 +115,11 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
     }
     specs = {name: _tensor_spec(name, array) for name, array in arrays.items()}
     with replacing(Path(path)) as new:
-        safetensors.serialize_file(specs, new, metadata=metadata)
+        try:
+            safetensors.serialize_file(specs, new, metadata=metadata)
+        except safetensors.SafetensorError as error:  # of the system: a full disk, say
+            raise OSError(f"cannot write {path}: {error}") from error
+        _order_metadata(new)
 
 
 def load_packed(path: str | os.PathLike[str]) -> Packed:
@@ -146,6 +158,18 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
         raise PackedError(f"{path} is damaged: {_describe_truncation(path) or error}") from error
 
 
+def _order_metadata(path: Path) -> None:
+    """Gives the metadata an order, which in safetensors differs from call to call."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def _read_tensors(path: Path, file: Any) -> Packed:
     metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT:
@@ -171,6 +195,11 @@ def _read_tensors(path: Path, file: Any) -> Packed:
     left = set(file.keys())
     tensors: dict[str, Any] = {}
     for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise PackedError(f"{path} is damaged: tensor {name!r} is described by {entry!r}")
+        if name.count("/") >= _DEEPEST:
+            start = f"{name[:40]!r}..."
+            raise PackedError(f"{path}: tensor {start} has a path of over {_DEEPEST} keys")
         expected = {f"{name}.codes", f"{name}.scale"} if "constraint" in entry else {name}
         if not expected <= left:
             raise PackedError(f"{path} is damaged: tensor {name!r} is missing")
@@ -187,8 +216,12 @@ def _read_tensors(path: Path, file: Any) -> Packed:
 def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
     """Reads and checks a tensor; raises a built-in error describing a mismatch."""
     shape, dtype = tuple(entry["shape"]), jnp.dtype(entry["dtype"])
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"{shape} is not a shape")
+    if not all(type(n) is int and n >= 0 for n in shape) or len(shape) > _MOST_AXES:
+        raise ValueError(f"{shape[: _MOST_AXES + 1]} is not a shape")
+    # Those with weights are as long as their codes, which are checked below; no array is as long as
+    # an empty one may claim to be.
+    if math.prod(max(n, 1) for n in shape) > _LONGEST and 0 in shape:
+        raise ValueError(f"{shape} is no shape of an empty tensor")
     if "constraint" not in entry:
         array = file.get_tensor(name)
         _check_equal("shape", array.shape, shape)
@@ -204,8 +237,8 @@ def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
     _check_equal("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
     _check_equal("scale_axis", _scale_axis(scale), entry["scale_axis"])
     if scale.ndim:
-        _check_equal("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
         _check_equal("number of axes of the scale", scale.ndim, len(shape))
+        _check_equal("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
     _check_equal("check sum", _hex_crc(_crc(codes, scale)), entry["crc32"])
     _check_codes(codes, constraint, tensor.size)
     return tensor

@@ -219,8 +219,10 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
       A tree of the template's structure.
 
     Raises:
-      PackedError: if a tensor is missing from either side or has another shape; or if it has 64
-        bits and JAX does not have x64 enabled. The error names the tensor.
+      PackedError: if a tensor is missing from either side or has another shape; if it has 64 bits
+        and JAX does not have x64 enabled; or if, without a template, names such as "a" and "a/b"
+        cannot be in one tree. The error names the tensor.
+      TypeError: if `packed` is not a `Packed`, or `dtype` is not floating.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -229,6 +231,10 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
       >>> print(cbp_jax.unpack(packed)["kernel"])
       [[-0.5  0.5  0.5]]
     """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"unpack takes the result of pack, got {type(packed).__name__}")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating, got {dtype!r}")
     if template is None:
         return _nested(
             {name: _unpack_tensor(name, tensor, dtype) for name, tensor in packed.tensors.items()}
@@ -271,14 +277,18 @@ def _path_from_name(name: str) -> Path:
 
 def _nested(tensors: dict[str, Any]) -> PyTree:
     tree: dict[str, Any] = {}
+    if tensors.keys() == {""}:
+        return tensors[""]
     for name, tensor in tensors.items():
-        path = _path_from_name(name)
-        if not path:
-            return tensor
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = tensor
+        node: Any = tree
+        *path, last = _path_from_name(name) or ("",)
+        for key in path:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node
+        if not name or not isinstance(node, dict) or last in node:
+            raise PackedError(
+                f"{name!r} and another tensor cannot be in one nested dictionary: give a template"
+            )
+        node[last] = tensor
     return tree
 
 
@@ -359,6 +369,8 @@ def _check_dtype_enabled(name: str, dtype: jnp.dtype) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def _decode_weights(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
     """Computes the weights as `Constraint.quantize` does, so that the last bit agrees."""
+    if not tensor.size:
+        return jnp.zeros(tensor.shape, dtype)
     own = jnp.dtype(tensor.dtype)
     compute = jnp.promote_types(own, jnp.float32)
     index = unpack_bits(tensor.codes, tensor.constraint.bits, tensor.size).reshape(tensor.shape)
