@@ -19,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from cbp_jax.step_function import step_function
@@ -38,7 +39,7 @@ class Constraint:
 
     Raises:
       ValueError: if there are fewer than two levels, or they are not finite or not strictly
-        increasing.
+        increasing, in float32 too.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,6 +74,12 @@ class Constraint:
             raise ValueError(
                 f"{start} strictly increasing levels, got {levels}: "
                 f"write {tuple(sorted(set(levels)))}"
+            )
+        with np.errstate(over="ignore"):
+            rounded = [float(np.float32(level)) for level in levels]
+        if not all(map(math.isfinite, rounded)) or len(set(rounded)) < len(levels):
+            raise ValueError(
+                f"{start} levels that differ, and are finite, in float32, got {levels}"
             )
         object.__setattr__(self, "levels", levels)
 
@@ -209,6 +216,8 @@ class Constraint:
 def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:
     """The weights in the dtype of the computation, their own dtype, and the scale in the former."""
     w = jnp.asarray(w)
+    if jnp.issubdtype(w.dtype, jnp.complexfloating):
+        raise TypeError(f"weights must be real, got {w.dtype}: constrain both parts on their own")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(float)
     compute = jnp.promote_types(w.dtype, jnp.float32)

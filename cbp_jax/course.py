@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cbp_jax.arguments import check_count, check_number, check_optimizer
 from cbp_jax.masking import PyTree, flatten_with_paths
 from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
 from cbp_jax.scales import ScaleFn
 from cbp_jax.state import ClosingState, ConstrainedLeaf, State, float_dtype, pair_all
 from cbp_jax.straight_through import check_axes, measure
-from cbp_jax.transform import add_to_updates, check_count, zero_multipliers
+from cbp_jax.transform import add_to_updates, zero_multipliers
 
 _DECAY = 0.95  # of the running mean of the squared gradients
 
@@ -67,7 +68,8 @@ def closing(
     Raises:
       ValueError: as `cbp_jax.cbp` does; if `closes_at` is not in (0, 1] or `strength` negative;
         from `init`, if `inner` has a link of this library in it.
-      TypeError: from `init`, if a leaf to be constrained is not floating.
+      TypeError: if `inner` is no optax optimizer; from `init`, if a leaf to be constrained is not
+        floating.
 
     Example:
       >>> import cbp_jax, jax, jax.numpy as jnp, optax
@@ -87,10 +89,9 @@ def closing(
     """
     rules, kept_axes = compile_rules(constraint), check_axes(scale_axis)
     total_steps = check_count("total_steps", total_steps)
-    if isinstance(closes_at, int | float) and not 0 < closes_at <= 1:
-        raise ValueError(f"closes_at must be a share of the run, in (0, 1], got {closes_at!r}")
-    if isinstance(strength, int | float) and not strength >= 0:
-        raise ValueError(f"strength must not be negative, got {strength!r}")
+    check_number("closes_at", closes_at, "a share of the run, in (0, 1]", 0, 1, open_at="low")
+    check_number("strength", strength, "a number of at least 0", 0, open_at="high")
+    check_optimizer("inner", inner)
     optimizer = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> ClosingState:

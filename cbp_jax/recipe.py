@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from cbp_jax.arguments import check_number
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import PyTree, is_floating, resolve_mask
 from cbp_jax.rules import ConstraintSpec, MaskSpec
@@ -113,8 +114,8 @@ def cbp_sgd(
         multiplier_dtype=multiplier_dtype,
     )
     for name, bound in (("weight_bound", weight_bound), ("gradient_clip", gradient_clip)):
-        if isinstance(bound, int | float) and not bound > 0:
-            raise ValueError(f"{name} must be positive or None, got {bound!r}")
+        if bound is not None:
+            check_number(name, bound, "positive or None", 0, open_at="low")
     sgd = optax.chain(
         optax.identity() if gradient_clip is None else optax.clip(gradient_clip),
         optax.add_decayed_weights(

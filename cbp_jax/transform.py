@@ -1,17 +1,16 @@
 """CBP as a link of an optax chain."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from cbp_jax.arguments import check_count, check_number, check_optimizer
 from cbp_jax.constraints import Constraint
 from cbp_jax.lagrangian import constraint_sum
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
@@ -81,7 +80,8 @@ def cbp(
       initial_window: `g` at the start, at least 1; infinity constrains every weight from the first
         step.
       window_growth: a function from `g`, a traced array, to the next one, such as
-        `lambda g: jnp.where(g < 10, g + 1, 1.5 * g)`. None: g + 1 below 10, then g + 10.
+        `lambda g: jnp.where(g < 10, g + 1, 1.5 * g)`. None: g + 1 below 10, then g + 10. The window
+        never shrinks: where the result is smaller, or NaN, it stays.
       multiplier_dtype: dtype of the multipliers and of their optimizer's moments. None:
         `promote_types(w.dtype, float32)`.
 
@@ -93,7 +93,8 @@ def cbp(
       ValueError: if the constraint is unknown or a number out of range; from `init` if a pattern
         matches nothing or a leaf is zero throughout; from `update` without `params`, or with
         parameters that do not fit the state.
-      TypeError: from `init`, if a leaf to be constrained is not floating.
+      TypeError: if `multiplier_optimizer` is no optax optimizer; from `init`, if a leaf to be
+        constrained is not floating.
 
     Example:
       >>> import cbp_jax, jax, jax.numpy as jnp, optax
@@ -116,11 +117,22 @@ def cbp(
     rules = compile_rules(constraint)
     steps_per_epoch = check_count("steps_per_epoch", steps_per_epoch)
     patience = check_count("patience", patience)
-    if isinstance(initial_window, int | float | np.number) and not initial_window >= 1:
-        raise ValueError(f"initial_window must be a number of at least 1, got {initial_window!r}")
+    check_number("initial_window", initial_window, "a number of at least 1", 1)
     kept_axes = check_axes(scale_axis)
     if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
         raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
+    if multiplier_optimizer is not None:
+        check_optimizer("multiplier_optimizer", multiplier_optimizer)
+    else:
+        if not callable(multiplier_learning_rate):  # a schedule
+            expected = "a number of at least 0"
+            check_number("multiplier_learning_rate", multiplier_learning_rate, expected, 0)
+        if multiplier_dtype is not None and jnp.finfo(multiplier_dtype).smallest_normal > 1e-8:
+            raise ValueError(
+                f"multiplier_dtype {jnp.dtype(multiplier_dtype).name} cannot hold Adam's moments, "
+                "which would divide 0 by 0: take bfloat16 or float32, or give a "
+                "multiplier_optimizer without moments"
+            )
     ascent = optax.with_extra_args_support(
         multiplier_optimizer or optax.adam(multiplier_learning_rate)
     )
@@ -198,7 +210,9 @@ def _start_of_epoch(
     comparable = (state.lagrangian_sum > -jnp.inf) & (state.previous_sum > -jnp.inf)
     stalled = comparable & (state.lagrangian_sum >= state.previous_sum)
     grows = ended & (stalled | (used >= patience))
-    window = jnp.where(grows, jnp.asarray(grow(state.window), state.window.dtype), state.window)
+    grown = jnp.asarray(grow(state.window), state.window.dtype)
+    # A growth that is not one, or NaN, leaves the window as it is.
+    window = jnp.where(grows & (grown > state.window), grown, state.window)
 
     ascends = grows | ~state.started
     constraints = tuple(leaf.constraint for leaf in leaves)
@@ -281,19 +295,6 @@ def _increment_where(condition: jax.Array, count: jax.Array) -> jax.Array:
 
 def _default_growth(window: jax.Array) -> jax.Array:
     return jnp.where(window < 10, window + 1, window + 10)
-
-
-def check_count(name: str, number: Any) -> Any:
-    """Checks a Python or numpy number; values above int32 are clamped (never reached)."""
-    if isinstance(number, jax.Array):  # under `inject_hyperparams`
-        return number
-    if not isinstance(number, int | float | np.number) or not (
-        1 <= number < math.inf and number == math.floor(number)
-    ):
-        raise ValueError(
-            f"{name} must be a whole number of at least 1, got {number!r} ({type(number).__name__})"
-        )
-    return min(int(number), 2**31 - 1)
 
 
 def zero_multipliers(constraints: PyTree, params: PyTree, dtype: DTypeLike | None = None) -> PyTree:

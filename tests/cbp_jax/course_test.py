@@ -204,7 +204,7 @@ def test_a_layer_without_a_scale_is_left_alone():
         ({"total_steps": 10.5}, "total_steps must be a whole number"),
         ({"closes_at": 0}, r"closes_at must be a share of the run, in \(0, 1\], got 0"),
         ({"closes_at": 1.5}, "closes_at must be a share"),
-        ({"strength": -1.0}, "strength must not be negative, got -1.0"),
+        ({"strength": -1.0}, "strength must be a number of at least 0, got -1.0"),
         ({"scale_axis": "last"}, "scale_axis must be an integer"),
         ({"constraint": "quinary"}, "binary"),
     ],

@@ -7,9 +7,9 @@ from pages import ROOT
 
 COMMON = ("config", "input", "models", "report", "training", "study", "comparison", "launch")
 LIBRARY = (
-    "step_function", "constraints", "level_sets", "masking", "rules", "scales", "state",
-    "straight_through", "lagrangian", "transform", "course", "recipe", "metrics", "description",
-    "deploy",
+    "arguments", "step_function", "constraints", "level_sets", "masking", "rules", "scales",
+    "state", "straight_through", "lagrangian", "transform", "course", "recipe", "metrics",
+    "description", "deploy",
 )  # fmt: skip
 DEPLOY = (
     "bits", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",
