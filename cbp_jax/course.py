@@ -23,7 +23,7 @@ def closing(
     constraint: ConstraintSpec,
     total_steps: int,
     *,
-    closes_at: float = 0.8,
+    closes_at: float = 0.95,
     strength: float = 10.0,
     mask: MaskSpec = None,
     scale_axis: int | tuple[int, ...] | None = None,

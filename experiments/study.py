@@ -142,9 +142,10 @@ def layers(base: ml_collections.ConfigDict, methods: Sequence[str], rate: float)
     from common.training.setup import every_kernel
 
     kernels = every_kernel(base)
+    chosen = {"learning_rate": rate, "closes_at": 0.8}  # by the trials on Fashion-MNIST
     patterns = {None: "all"} | {kernel: f"(?!{kernel}$).*kernel" for kernel in kernels}
     return {
-        variant(method, kernel): [{"method": method, "learning_rate": rate, "constrained": pattern}]
+        variant(method, kernel): [{**chosen, "method": method, "constrained": pattern}]
         for method in methods
         for kernel, pattern in patterns.items()
     }

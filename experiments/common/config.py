@@ -26,7 +26,7 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     # levels along an annealing); rounding (trained on in full precision, then rounded);
     # full_precision (trained on, never rounded).
     config.method = "cbp"
-    config.closes_at = 0.8  # of closing: the share of the run after which weights are on levels
+    config.closes_at = 0.95  # of closing: the share of the run after which weights are on levels
     config.strength = 10.0  # of closing: of its multipliers, in units of the gradient
     # Of parq and binary_relax: the shares of the run between which forward weights are annealed.
     config.anneal_start = 0.0

@@ -17,7 +17,7 @@ from common.report import figures
 from common.report.tables import results_table
 from common.report.workdir import FULL_PRECISION, Summary, read_metrics
 from common.training.run import log, train_and_evaluate
-from common.training.settle import PLACES, differences, saved_config, settle
+from common.training.settle import differences_that_count, saved_config, settle
 
 PRETRAIN = "pretrain"
 
@@ -90,9 +90,8 @@ def finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Summ
     if not (folder / "summary.json").exists():
         return train_and_evaluate(config, folder)
     saved = saved_config(folder)
-    changed = differences(saved, settle(config, saved))
-    shown = ", ".join(f"{name} {change}" for name, change in changed.items() if name not in PLACES)
-    if shown:
+    changed = differences_that_count(saved, settle(config, saved))
+    if shown := ", ".join(f"{name} {change}" for name, change in changed.items()):
         raise ConfigError(
             f"{folder} holds a finished run of another config (saved -> asked): {shown}; give "
             "another --workdir, or remove the folder"

@@ -16,6 +16,7 @@ from common import models
 from common.config import ConfigError
 from common.training.settle import (
     check_resumable,
+    differences_that_count,
     is_constrained,
     is_random,
     is_torch_file,
@@ -187,3 +188,19 @@ def test_where_weights_come_from(tmp_path):
     assert is_random("")  # pre-training
     assert not is_random("./random")  # a folder of that name
     assert saved_config(tmp_path) == {}
+
+
+def test_what_a_finished_run_depends_on():
+    saved = json.loads(settle(digits_config(method="ste")).to_json_best_effort())
+
+    def counts(**changes):
+        return differences_that_count(saved, settle(digits_config(**{"method": "ste", **changes})))
+
+    assert counts(closes_at=0.5, anneal_end=0.7, patience=9, workers=0, data_dir="elsewhere") == {}
+    assert set(counts(learning_rate=0.5, patience=9)) == {"learning_rate"}
+    assert set(counts(method="closing", closes_at=0.5)) == {"method", "closes_at"}
+    pretrained = json.loads(settle(digits_config(phase="pretrain")).to_json_best_effort())
+    other = settle(digits_config(phase="pretrain", constraint="binary", closes_at=0.5, epochs=9))
+    assert differences_that_count(pretrained, other) == {}
+    other = settle(digits_config(phase="pretrain", pretrain_learning_rate=0.5))
+    assert set(differences_that_count(pretrained, other)) == {"pretrain_learning_rate"}

@@ -206,7 +206,8 @@ def plot_over_steps(path: Path, title: str, folder: Path, constraint: str) -> No
         bottom.set_ylabel("CFS / scale")
         bottom.set_xlabel("step")
         top.set_title(title, fontsize=10)
-        top.legend(fontsize=8, ncols=2)
+        handles, labels = top.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=4)
         save(figure, path)
 
 

@@ -22,9 +22,24 @@ _FIXED = (
     "temperature", "validation_images", "normalization", "constrained",
 )  # fmt: skip
 # Where a run found its weights, data and hosts: nothing that a finished run depends on.
-PLACES = (
+_PLACES = (
     "pretrained", "data_dir", "workers", "figures", "preflight", "keep_weights", "distributed",
     "coordinator", "num_processes", "process_id",
+)  # fmt: skip
+# Fields that count under some methods alone, and those that do in post-training alone.
+_OF_METHODS = {
+    "closes_at": ("closing",), "strength": ("closing",),
+    "anneal_start": ("parq", "binary_relax"), "anneal_end": ("parq", "binary_relax"),
+    "anneal_steepness": ("parq",),
+    **dict.fromkeys(
+        ("multiplier_learning_rate", "multiplier_rule", "multiplier_dtype", "patience",
+         "window_factor", "lr_decay", "lr_decay_window"),
+        ("cbp", "no_window"),
+    ),
+}  # fmt: skip
+_OF_POST_TRAINING = (
+    "method", "constraint", "constrained", "epochs", "learning_rate", "teacher", "distillation",
+    "temperature",
 )  # fmt: skip
 
 
@@ -106,12 +121,22 @@ def check_resumable(saved: Mapping[str, Any], config: ml_collections.FrozenConfi
     return ", ".join(f"{name} {change}" for name, change in changed.items())
 
 
+def differences_that_count(
+    saved: Mapping[str, Any], config: ml_collections.FrozenConfigDict
+) -> dict[str, str]:
+    """Returns the `differences` that a finished run depends on, in its phase, under its method."""
+    other = {name for name, methods in _OF_METHODS.items() if config.method not in methods}
+    if config.phase == "pretrain":
+        other |= {*_OF_METHODS, *_OF_POST_TRAINING}
+    found = differences(saved, config)
+    return {name: found[name] for name in found if name not in other and name not in _PLACES}
+
+
 def is_finished(
     workdir: Path, step: int, saved: Mapping[str, Any], config: ml_collections.FrozenConfigDict
 ) -> bool:
     """Whether a workdir, whose newest checkpoint is of `step`, holds a config's finished run."""
-    changed = differences(saved, config).keys() - set(PLACES)
-    if changed or not (workdir / "summary.json").exists():
+    if differences_that_count(saved, config) or not (workdir / "summary.json").exists():
         return False
     return [row["step"] for row in read_metrics(workdir)[-1:]] == [step]
 
