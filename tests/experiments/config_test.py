@@ -187,3 +187,14 @@ def test_where_weights_come_from(tmp_path):
     assert is_random("")  # pre-training
     assert not is_random("./random")  # a folder of that name
     assert saved_config(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"keep_checkpoints": 0}, {"steps_per_epoch": -1}, {"checkpoint_steps": -2},
+     {"multiplier_learning_rate": -1.0}, {"window_factor": 0.5}, {"window_factor": -2.0},
+     {"window_factor": float("nan")}],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(field):
+    with pytest.raises(ConfigError, match=f"--config.{next(iter(field))}="):
+        settle(digits_config(**field))
