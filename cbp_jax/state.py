@@ -43,6 +43,7 @@ class CBPState(NamedTuple):
     window: jax.Array  # shape=(), float: g, from initial_window to infinity
     multiplier_opt_state: optax.OptState
     lagrangian_sum: jax.Array  # shape=(), float: over this epoch so far; -inf: not comparable
+    lagrangian_lost: jax.Array  # shape=(), float: what rounding has added to it, to subtract
     # shape=(), float: over the last epoch; inf: none yet; -inf: not comparable
     previous_sum: jax.Array
     patience_used: jax.Array  # shape=(), int32: epochs since the window grew

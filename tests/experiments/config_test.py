@@ -204,3 +204,14 @@ def test_what_a_finished_run_depends_on():
     assert differences_that_count(pretrained, other) == {}
     other = settle(digits_config(phase="pretrain", pretrain_learning_rate=0.5))
     assert set(differences_that_count(pretrained, other)) == {"pretrain_learning_rate"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"keep_checkpoints": 0}, {"steps_per_epoch": -1}, {"checkpoint_steps": -2},
+     {"multiplier_learning_rate": -1.0}, {"window_factor": 0.5}, {"window_factor": -2.0},
+     {"window_factor": float("nan")}],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(field):
+    with pytest.raises(ConfigError, match=f"--config.{next(iter(field))}="):
+        settle(digits_config(**field))

@@ -81,8 +81,15 @@ def in_memory_loader(
     """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch.
 
     Raises:
-      ConfigError: if `config.validation_images` leaves no image to train on.
+      ConfigError: if `config.validation_images` leaves no image to train on, or a label is not
+        below `config.num_classes`.
     """
+    highest = max(int(np.max(labels)) for labels in (dataset.train_labels, dataset.test_labels))
+    if highest >= config.num_classes:
+        raise ConfigError(
+            f"--config.num_classes={config.num_classes}, but the labels of {config.data} go up to "
+            f"{highest}"
+        )
     host, hosts = jax.process_index(), jax.process_count()
 
     def evaluation(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,22 @@ class Summary:
 
     @classmethod
     def read(cls, workdir: Path) -> "Summary":
-        """Reads the summary of a finished run; FileNotFoundError if it has none."""
+        """Reads the summary of a finished run.
+
+        Raises:
+          FileNotFoundError: if it has none.
+          ValueError: if it is damaged.
+        """
         path = workdir / "summary.json"
         if not path.exists():
             raise FileNotFoundError(f"no finished run in {workdir}: there is no summary.json")
-        return cls(**json.loads(path.read_text()))
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged, or of another version ({error}): remove it, and rerun the "
+                "command of the run, which measures it again"
+            ) from error
 
 
 class Workdir:
@@ -163,10 +175,21 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl`, without a last one that a crash cut off."""
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """Returns the lines of `metrics.jsonl`, without a last one that a crash cut off.
+
+    A line that is damaged is left out, with a warning.
+    """
+    file, rows = workdir / "metrics.jsonl", []
+    text = file.read_text(errors="replace") if file.exists() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), **row})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            warnings.warn(f"line {number} of {file} is damaged, and left out", stacklevel=2)
+    return rows
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,8 +155,10 @@ def _save_args(trees: Mapping[str, PyTree], run: Mapping[str, Any]) -> ocp.args.
         },
         "run": dict(run),
     }
+    text = json.dumps(about)
+    sealed = {"text": text, "crc32": zlib.crc32(text.encode())}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    return ocp.args.Composite(about=ocp.args.JsonSave(about), **items)
+    return ocp.args.Composite(about=ocp.args.JsonSave(sealed), **items)
 
 
 def _restore(
@@ -162,7 +166,7 @@ def _restore(
 ) -> tuple[dict[str, PyTree], dict[str, Any]]:
     failure: Exception | None = None
     try:
-        about = read(ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about = _unsealed(read(ocp.args.Composite(about=ocp.args.JsonRestore())).about)
         for name, tree in like.items():
             saved, asked = about["trees"].get(name, {}).get("structure"), _structure(tree)
             if saved != asked:
@@ -187,6 +191,14 @@ def _restore(
                 f"{path} is damaged: the bytes of {changed} are not those that were saved"
             )
     return trees, about["run"]
+
+
+def _unsealed(sealed: Any) -> dict[str, Any]:
+    """What a checkpoint says about itself; raises an error if that is damaged."""
+    text = sealed["text"]
+    if zlib.crc32(text.encode()) != sealed["crc32"]:
+        raise ValueError("what it says about itself has changed")
+    return json.loads(text)
 
 
 def _template(leaf: Any) -> Any:

@@ -41,6 +41,7 @@ _OF_POST_TRAINING = (
     "method", "constraint", "constrained", "epochs", "learning_rate", "teacher", "distillation",
     "temperature",
 )  # fmt: skip
+_REMOVE = "remove it, and rerun with the config that the run had; its checkpoints are not touched"
 
 
 def settle(
@@ -78,9 +79,21 @@ def settle(
 
 
 def saved_config(workdir: Path) -> dict[str, Any]:
-    """Returns `config.json` of a run; empty if there is none."""
+    """Returns `config.json` of a run; empty if there is none.
+
+    Raises:
+      ConfigError: if it is damaged.
+    """
     path = workdir / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): {_REMOVE}") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path} is damaged: it holds {type(saved).__name__}; {_REMOVE}")
+    return saved
 
 
 def differences(
@@ -172,10 +185,19 @@ def _check(config: ml_collections.ConfigDict) -> None:
     }.items():
         if config[name] not in choices:
             raise ConfigError(f"--config.{name}={config[name]!r} is none of {_listed(choices)}")
-    for name in ("epochs", "pretrain_epochs", "batch_size", "checkpoint_epochs"):
+    for name in (
+        "epochs",
+        "pretrain_epochs",
+        "batch_size",
+        "checkpoint_epochs",
+        "keep_checkpoints",
+    ):
         if config[name] < 1:
             raise ConfigError(f"--config.{name}={config[name]} must be positive")
     for name, lowest, highest in (
+        ("steps_per_epoch", 0, math.inf),  # 0: one pass
+        ("checkpoint_steps", 0, math.inf),  # 0: none
+        ("multiplier_learning_rate", 0, math.inf),
         ("validation_images", 0, math.inf),
         ("reestimate_batches", 0, math.inf),
         ("warmup_steps", 0, math.inf),
@@ -189,6 +211,10 @@ def _check(config: ml_collections.ConfigDict) -> None:
     ):
         if not lowest <= config[name] <= highest:
             raise ConfigError(f"--config.{name}={config[name]} must be from {lowest} to {highest}")
+    if config.window_factor and not 1 < config.window_factor < math.inf:
+        raise ConfigError(
+            f"--config.window_factor={config.window_factor} must be 0, for steps of 10, or above 1"
+        )
     if not 0 <= config.anneal_start < config.anneal_end <= 1:
         raise ConfigError(
             f"--config.anneal_start={config.anneal_start} and anneal_end={config.anneal_end} are "

@@ -2,10 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from common.config import ConfigError
 from common.report import workdir as report
-from common.report.workdir import Workdir, read_metrics
+from common.report.workdir import Summary, Workdir, read_metrics
 from common.training import restore
 from common.training.run import train_and_evaluate
+from common.training.settle import saved_config
 from run_support import digits_config
 
 import cbp_jax
@@ -78,3 +81,25 @@ def test_packed_bytes():
     assert report.float32_bytes(params) == 4 * (21 + 25 + 4)
     per_channel = cbp_jax.cbp(constraint, scale_axis=-1).init(params)
     assert report.packed_bytes(params, per_channel) == 3 + 7 * 4 + 10 + 5 * 4 + 16
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "null", '{"epoch": 2}', '{"step": "x"}', "\x00\xff", "[" * 100_000]
+)
+def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
+    rows = '{"epoch": 1, "step": 5}\n', '{"epoch": 3, "step": 15}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(f"{rows[0]}{line}\n{rows[1]}".encode("latin1"))
+    with pytest.warns(UserWarning, match=r"line 2 of .*metrics.jsonl is damaged"):
+        found = read_metrics(tmp_path)
+    assert [row["step"] for row in found] == [5, 15]
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "3", '{"experiment": 1}', "[" * 100_000])
+def test_damaged_files_are_named(text, tmp_path):
+    for name in ("summary.json", "config.json"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"summary.json is damaged"):
+        Summary.read(tmp_path)
+    if text != '{"experiment": 1}':
+        with pytest.raises(ConfigError, match=r"config.json is damaged"):
+            saved_config(tmp_path)

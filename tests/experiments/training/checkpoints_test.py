@@ -1,6 +1,7 @@
 """Checkpoints: what is restored, what is rejected, and how damage is handled."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,26 @@ def test_skips_damaged_checkpoint(three, damage):
     assert (step, notes) == (2, {"step": 2})
     assert_equal(trees["tree"], make_tree(value=2))
     assert (three / "3").is_dir()  # reading moves nothing
+
+
+def test_one_changed_bit_of_what_a_checkpoint_says_of_itself(three):
+    """It is read as it was, or the one before is; what it says is never another."""
+    (file,) = (path for path in (three / "3" / "about").rglob("*") if path.stat().st_size > 100)
+    content = file.read_bytes()
+    found = set()
+    for position in np.linspace(0, len(content) - 1, 40).astype(int):
+        changed = bytearray(content)
+        changed[position] ^= 1 << (position % 7)
+        file.write_bytes(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            step, trees, notes = checkpoints.Checkpoints(three).restore_newest(
+                {"tree": make_tree()}
+            )
+        assert notes == {"step": step}
+        assert_equal(trees["tree"], make_tree(value=step))
+        found.add(step)
+    assert 2 in found
 
 
 def test_put_aside_renames_damaged_checkpoints(three):
