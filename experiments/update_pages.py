@@ -19,26 +19,30 @@ Fashion-MNIST and CIFAR-10:
     study="python experiments/study.py --workdir=$results/study"
     $study/fashion_mnist --config.learning_rates="(0.01,0.03,0.1,0.3)"
     one="--config.learning_rates=(0.1,) --config.rates_alone"
-    both="--config.constraints=('binary','ternary')"
+    binary="--config.constraints=('binary',)"
     # The next three start from the weights of the first: copy its folder pretrain into theirs.
     $study/fashion_mnist_course --config.variants=course --config.strengths="(0.0,10.0)" \\
-      --config.learning_rates="(0.1,)" --config.constraints="('binary',)"
+      --config.learning_rates="(0.1,)" $binary
     $study/fashion_mnist_layers --config.variants=layers --config.methods="('closing','cbp')" \\
-      --config.learning_rates="(0.1,)" --config.constraints="('binary',)"
-    $study/fashion_mnist_distilled --config.teacher=pretrained $one $both \\
+      --config.learning_rates="(0.1,)" $binary
+    $study/fashion_mnist_distilled --config.teacher=pretrained $one $binary \\
       --config.methods="('ste','parq','closing')"
-    $study/fashion_mnist_scratch --config.pretrained=random --config.epochs=160 $one $both \\
+    $study/fashion_mnist_scratch --config.pretrained=random --config.epochs=160 $one $binary \\
       --config.methods="('cbp','closing','ste')"
     python experiments/study.py --workdir=$results/splitting $one --config.keep_weights \\
       --config.methods="('ste','cbp','closing')" --config.constraints="('ternary',)" \\
       --config.tuned_on=ternary --config.seeds=1 \\
       --config.pretrained=$results/study/fashion_mnist/pretrain/seed0
     # FILE: akamaster's resnet20-12fca82f.th
-    $study/resnet20 --config.ground=resnet20 --config.pretrained=FILE --config.epochs=12 $both \\
-      --config.methods="('ste','closing')" --config.learning_rates="(0.03,0.1,0.01)" \\
-      --config.rates_alone --config.seeds=1
+    resnet20="--config.ground=resnet20 --config.pretrained=FILE --config.epochs=12"
+    $study/resnet20 $resnet20 --config.methods="('ste','closing')" --config.seeds=1 \\
+      --config.learning_rates="(0.03,)" --config.rates_alone \\
+      --config.constraints="('binary','ternary')"
+    $study/resnet20_course $resnet20 --config.variants=course --config.closes_at="(0.8,)" \\
+      --config.strengths="(10.0,)" --config.learning_rates="(0.03,)" $binary --config.seeds=1
     python experiments/text_llama.py --workdir=$results/text_llama --config.text=FILE \\
-      --config.methods="('ste','closing')" --config.epochs=16 --config.figures=False
+      --config.methods="('ste','closing')" --config.epochs=16 --config.closes_at=0.8 \\
+      --config.figures=False
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
     python experiments/update_pages.py
