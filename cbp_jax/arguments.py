@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 
 def check_count(name: str, number: Any) -> Any:
@@ -45,8 +44,8 @@ def check_number(
 
 
 def check_optimizer(name: str, optimizer: Any) -> None:
-    """Checks that an argument is an optax optimizer."""
-    if not isinstance(optimizer, optax.GradientTransformation):
+    """Checks that an argument is an optax optimizer, or a class with the same methods."""
+    if not all(callable(getattr(optimizer, method, None)) for method in ("init", "update")):
         got = type(optimizer).__name__
         if callable(optimizer):
             got = f"a function: call it, {name}={getattr(optimizer, '__name__', 'it')}(...)"

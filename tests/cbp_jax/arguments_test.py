@@ -64,6 +64,7 @@ def test_an_optimizer_that_was_not_called():
         cbp_jax.cbp("binary", multiplier_optimizer=optax.adam)
     with pytest.raises(TypeError, match=r"inner must be an optax optimizer, got a function"):
         cbp_jax.closing(optax.adam, "binary", 10)
+    cbp_jax.closing(optax.MultiSteps(optax.sgd(0.1), 2), "binary", 10).init(W)
     with pytest.raises(TypeError, match="inner must be an optax optimizer, got dict"):
         cbp_jax.closing({}, "binary", 10)
 
