@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -56,7 +57,8 @@ def _number(value: Any) -> float | None:
     """The value as a float; None if it is no real number: a bool, say, or a string."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         array = np.asarray(value)
-        return float(array) if array.ndim == 0 and array.dtype.kind in "iuf" else None
+        real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+        return float(array) if array.ndim == 0 and real else None
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:

@@ -137,6 +137,8 @@ def cbp(
         multiplier_optimizer or optax.adam(multiplier_learning_rate)
     )
     grow = _default_growth if window_growth is None else window_growth
+    # Jitted, so that calls outside of jit compile once; here, so that the cache goes with the link.
+    move = jax.jit(functools.partial(_move_multipliers, ascent), static_argnums=0, inline=True)
 
     def init_fn(params: PyTree) -> CBPState:
         constraints, scales = measure(rules, mask, params, kept_axes, scale_fn)
@@ -175,7 +177,7 @@ def cbp(
                 "TrainState.apply_gradients does not pass it on",
                 stacklevel=2,
             )
-        state = _start_of_epoch(state, leaves, ascent, grow, patience)
+        state = _start_of_epoch(state, leaves, move, grow, patience)
 
         multipliers = jax.tree.leaves(state.multipliers)
         leaves = [
@@ -198,7 +200,7 @@ def cbp(
 def _start_of_epoch(
     state: CBPState,
     leaves: list[ConstrainedLeaf],
-    ascent: optax.GradientTransformationExtraArgs,
+    move: Callable[..., tuple[PyTree, optax.OptState]],
     grow: GrowthFn,
     patience: ArrayLike,
 ) -> CBPState:
@@ -219,9 +221,7 @@ def _start_of_epoch(
     constraints = tuple(leaf.constraint for leaf in leaves)
     weights = tuple((leaf.weight, leaf.scale) for leaf in leaves)
     with jax.named_scope("move_multipliers"):
-        multipliers, opt_state = _move_multipliers(
-            ascent, constraints, ascends, weights, window, state
-        )
+        multipliers, opt_state = move(constraints, ascends, weights, window, state)
     previous_sum = jnp.where(ended, state.lagrangian_sum, state.previous_sum)
     return state._replace(
         started=jnp.ones((), bool),
@@ -236,8 +236,6 @@ def _start_of_epoch(
     )
 
 
-# Jitted, so that calls outside of jit compile once.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _move_multipliers(
     ascent: optax.GradientTransformationExtraArgs,
     constraints: tuple[Constraint, ...],

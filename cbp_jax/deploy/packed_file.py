@@ -61,7 +61,7 @@ from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor
 _FORMAT, _VERSION = "cbp_jax packed weights", "1"
 _LONGEST_HEADER = 100_000_000  # the limit of safetensors
 _DEEPEST = 100  # keys of a path: nested dictionaries are handled by recursion
-_MOST_AXES = 32  # as in numpy
+_MOST_AXES = 64  # as in numpy
 _LONGEST = 2**31 - 1  # elements of an empty tensor, were its axes of 0 of length 1
 _CHUNK = 1 << 20  # codes are checked in chunks of this many bytes times the bits per code
 
@@ -78,8 +78,8 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
       packed: the result of `pack`.
 
     Raises:
-      ValueError: if safetensors does not support the dtype of an array, or two tensors would have
-        the same name in the file.
+      ValueError: if safetensors does not support the dtype of an array, two tensors would have the
+        same name in the file, or a path has more than 100 keys.
       TypeError: if `packed` is not a `Packed`.
       OSError: if the file cannot be written, as into a folder that does not exist or a full disk.
 
@@ -98,6 +98,8 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
     arrays: dict[str, np.ndarray] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, tensor in packed.tensors.items():
+        if name.count("/") >= _DEEPEST:
+            raise ValueError(f"{name[:40]!r}... is a path of over {_DEEPEST} keys: shorten it")
         for inner, array in _stored_arrays(name, tensor).items():
             if inner in arrays or inner == "__metadata__":
                 raise ValueError(

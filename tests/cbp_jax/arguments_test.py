@@ -1,5 +1,6 @@
 """Arguments that a program might make up: an error that says what is wrong, or the right thing."""
 
+import dataclasses
 import math
 
 import jax
@@ -136,3 +137,43 @@ def assert_taken_or_refused(name, make):
     except ValueError as error:
         messages.append(str(error))
     assert all(message.startswith(f"{name} must be") for message in messages)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_numbers_that_optax_makes_arrays(dtype, jitted):
+    """`inject_hyperparams` gives them the parameters' dtype, and traces them under `jit`."""
+    static = (
+        *("constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn"),
+        *("multiplier_optimizer", "window_growth", "multiplier_dtype"),
+    )
+    params = jax.tree.map(lambda w: w.astype(dtype), W)
+    for make, extra in (
+        (cbp_jax.cbp, {"multiplier_learning_rate": 1e-3}),
+        (cbp_jax.cbp_sgd, {"learning_rate": 0.1, "multiplier_learning_rate": 1e-3}),
+    ):
+        more = ("decay_mask",) if make is cbp_jax.cbp_sgd else ()
+        optimizer = optax.inject_hyperparams(make, static_args=(*static, *more))(
+            constraint="binary", steps_per_epoch=2, patience=1, **extra
+        )
+        state = optimizer.init(params)
+        update = jax.jit(optimizer.update) if jitted else optimizer.update
+        with jax.checking_leaks():
+            updates, state = update(params, state, params, value=1.0)
+        assert np.all(np.isfinite(np.float32(updates["layer"]["kernel"])))
+
+
+def test_an_optimizer_that_has_no_hash():
+    """A callable that JAX cannot compare may be the update of an optimizer all the same."""
+
+    @dataclasses.dataclass
+    class Ascent:
+        rate: float
+
+        def __call__(self, updates, state, params=None, **extra):
+            return jax.tree.map(lambda g: -self.rate * g, updates), state
+
+    ascent = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), Ascent(1e-3))
+    link = cbp_jax.cbp("binary", multiplier_optimizer=ascent)
+    _, state = jax.jit(link.update)(W, link.init(W), W, value=1.0)
+    assert float(jnp.max(state.multipliers["layer"]["kernel"])) > 0

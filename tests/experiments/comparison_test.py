@@ -227,6 +227,24 @@ def test_claims(tmp_path):
     ]
 
 
+def test_claims_of_one_seed_are_open_and_a_loss_is_better_where_it_is_smaller(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    write(tmp_path / "one", [cell("cbp", (0.3,)), cell("ste", (0.9,))])
+    assert "| open, -60.00" in claims.claims_table(tmp_path / "one", tmp_path / "scratch")
+    losses = [
+        cell(method, (0.5, 0.5))._replace(
+            summaries=[
+                dataclasses.replace(summary, experiment="text_llama", eval_loss=loss)
+                for summary in cell(method, (0.5, 0.5)).summaries
+            ]
+        )
+        for method, loss in (("cbp", 1.0), ("ste", 2.0))
+    ]
+    write(tmp_path / "text", losses)
+    table = claims.claims_table(tmp_path / "text", tmp_path / "scratch")
+    assert "| CBP is ahead of STE        | yes, -1.00 ± 0.00 |" in table
+
+
 def test_layers_are_ranked_by_multiplier_and_by_what_freeing_them_gives(tmp_path):
     means = {"a/kernel": 1.0, "b/kernel": 3.0, "c/kernel": 2.0}
     write(
@@ -236,6 +254,7 @@ def test_layers_are_ranked_by_multiplier_and_by_what_freeing_them_gives(tmp_path
             cell(layers.variant("closing", "a/kernel"), (0.52, 0.52)),
             cell(layers.variant("closing", "b/kernel"), (0.6, 0.6)),
             cell(layers.variant("closing", "c/kernel"), (0.51, 0.51)),
+            cell(layers.variant("ste", None), (0.5, 0.5)),  # has no multipliers
         ],
     )
     rows = layers.layers_table(tmp_path).splitlines()[2:]

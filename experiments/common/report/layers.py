@@ -22,13 +22,13 @@ def layers_table(folder: Path) -> str:
     """One row per method and layer; in the last row of a method, how the two rankings agree.
 
     Args:
-      folder: of a study of `variant`s.
+      folder: of a study of `variant`s; methods without multipliers are left out.
     """
     found = cells(folder)
     rows = []
     for method in METHODS:
         for (_, name), cell in found.items():
-            if name == variant(method, None):
+            if name == variant(method, None) and cell.summaries[0].multipliers:
                 rows += _rows(method, cell, list(found.values()))
     return format_table(("method", "layer", "multiplier, mean", "gained by freeing it"), rows)
 

@@ -186,8 +186,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            rows.append({"step": int(row["step"]), **row})
-        except (ValueError, KeyError, TypeError, RecursionError):
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             warnings.warn(f"line {number} of {file} is damaged, and left out", stacklevel=2)
     return rows
 

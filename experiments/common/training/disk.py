@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from common.config import ConfigError
 from common.training.checkpoints import newest_step
@@ -33,7 +36,10 @@ def check_space(folder: Path, state: PyTree) -> None:
     """
     needed = _CHECKPOINTS * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = _free(folder)
-    if free < needed:
+    enough = free >= needed
+    if jax.process_count() > 1:  # one host decides, or others would wait for it
+        enough = bool(multihost_utils.broadcast_one_to_all(np.array(enough)))
+    if not enough:
         raise DiskError(
             f"two checkpoints need {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
             f"free where {folder} is"
@@ -56,7 +62,9 @@ def explained(workdir: Path) -> Iterator[None]:
         reason = _reason(error, workdir)
         if not reason:
             raise
-        step = newest_step(workdir / "checkpoints")
+        step = None
+        with contextlib.suppress(OSError):
+            step = newest_step(workdir / "checkpoints")
         kept = "there is no checkpoint yet"
         if step is not None:
             kept = f"the checkpoint of step {step:,} is intact, and the same command resumes there"
@@ -73,19 +81,25 @@ def _reason(error: BaseException | None, workdir: Path) -> str:
             return str(error)
         if isinstance(error, OSError):
             file = Path(str(error.filename)) if error.filename else None
-            ours = file is not None and workdir.absolute() in (
-                file.absolute(),
-                *file.absolute().parents,
-            )
-            if error.errno in _FULL or (ours and error.errno in _READ_ONLY):
+            full = error.errno in _FULL and (file is None or _related(file, workdir))
+            if full or (file and error.errno in _READ_ONLY and _related(file, workdir)):
                 return f"cannot write {file or 'a file'}: {error.strerror}"
-        if found := next((words for words in _WORDS if words in str(error)), None):
+        elif found := next((words for words in _WORDS if words in str(error)), None):
             return f"cannot write a checkpoint: {found}"
         error = error.__cause__ or error.__context__
     return ""
 
 
-def _free(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def _related(file: Path, workdir: Path) -> bool:
+    """Whether a file is in the workdir, or is it or a folder that would hold it."""
+    file, workdir = file.absolute(), workdir.absolute()
+    return workdir in (file, *file.parents) or file in workdir.parents
+
+
+def _free(folder: Path) -> float:
+    """The bytes that are free where a folder is, or will be; infinite if nobody says."""
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(place)
+            return usage.free if usage.total else math.inf
+    return math.inf

@@ -47,7 +47,7 @@ def of_codes(shape, levels=(-1.0, 1.0), scale_shape=(), **changes):
 
 @pytest.mark.parametrize(
     "shape",
-    [[2**62, 0], [10**10, 0], [2**31, 2**31, 0], [0] * 33, [True, 0], [-1, 0], [1.0, 0], 7, None],
+    [[2**62, 0], [10**10, 0], [2**31, 2**31, 0], [0] * 65, [True, 0], [-1, 0], [1.0, 0], 7, None],
 )
 def test_shapes_that_no_tensor_has(shape, tmp_path):
     arrays, entries = of_codes(shape)
@@ -80,6 +80,16 @@ def test_paths_of_a_thousand_keys(tmp_path):
     entry = {"shape": [1], "dtype": "float32", "crc32": f"{zlib.crc32(array.tobytes()):08x}"}
     with pytest.raises(cbp_jax.PackedError, match="a path of over 100 keys"):
         cbp_jax.load_packed(write(tmp_path / "w", {name: array}, {name: entry}))
+    with pytest.raises(ValueError, match="a path of over 100 keys: shorten it"):
+        cbp_jax.save_packed(tmp_path / "w", cbp_jax.Packed({name: array}))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    """At the bounds that a reader has."""
+    tensors = {"/".join(["a"] * 100): np.ones(1, np.float32), "b": np.ones((1,) * 64, np.float32)}
+    packed = cbp_jax.Packed(tensors)
+    cbp_jax.save_packed(tmp_path / "w", packed)
+    assert cbp_jax.load_packed(tmp_path / "w") == packed
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,17 @@ def test_packed_bytes():
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "null", '{"epoch": 2}', '{"step": "x"}', "\x00\xff", "[" * 100_000]
+    "line",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"epoch": 2}',
+        '{"step": "x"}',
+        "\x00\xff",
+        "[" * 100_000,
+        '{"step": 1e999}',
+    ],
 )
 def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
     rows = '{"epoch": 1, "step": 5}\n', '{"epoch": 3, "step": 15}\n'
@@ -92,6 +102,8 @@ def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
     with pytest.warns(UserWarning, match=r"line 2 of .*metrics.jsonl is damaged"):
         found = read_metrics(tmp_path)
     assert [row["step"] for row in found] == [5, 15]
+    (tmp_path / "metrics.jsonl").write_text('{"step": "7"}\n')
+    assert read_metrics(tmp_path) == [{"step": 7}]
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "3", '{"experiment": 1}', "[" * 100_000])

@@ -50,7 +50,7 @@ def test_a_full_disk_while_a_file_is_written(half_done, name, monkeypatch):
 
 
 def test_too_little_room_for_two_checkpoints(half_done, monkeypatch):
-    usage = types.SimpleNamespace(free=1000)
+    usage = types.SimpleNamespace(free=1000, total=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(
         disk.DiskError, match=r"two checkpoints need 0\.\d MB, and 0\.0 MB are free"
@@ -80,10 +80,15 @@ def test_what_is_and_is_not_explained():
     denied = PermissionError(errno.EACCES, "Permission denied", "runs/here/config.json.new")
     with pytest.raises(disk.DiskError, match=r"cannot write runs/here/config.json.new"):
         raise_from(denied)
+    above = PermissionError(errno.EACCES, "Permission denied", str(Path("runs").absolute()))
+    with pytest.raises(disk.DiskError, match=r"cannot write .*/runs: Permission denied"):
+        raise_from(above)
     with pytest.raises(disk.DiskError, match="cannot write a checkpoint: No space left"):
         raise_from(ValueError("RESOURCE_EXHAUSTED: ... [OS error 28: No space left on device]"))
     for other in (
         PermissionError(errno.EACCES, "Permission denied", "elsewhere/photo.JPEG"),
+        OSError(errno.EROFS, "Read-only file system", "elsewhere/x.lock"),
+        OSError(errno.ENOSPC, "No space left on device", "elsewhere/psm_1"),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "runs/here/x"),
         ValueError("shapes differ"),
     ):
