@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from common.config import ConfigError
 from common.input import in_memory
 from common.input.batch import PADDING
 from common.input.open import open_data
@@ -17,8 +18,9 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 1), np.uint8)
 def make_config(data="digits", **changes):
     config = {"data": data, "data_dir": "", "batch_size": 16, "seed": 0, "dtype": "float32"}
     config |= {"validation_images": 0, "normalization": ""}
-    photos = {"image_size": 8, "resize": 10, "color_jitter": 0.2, "num_classes": 4, "workers": 0}
-    return ml_collections.ConfigDict({**config, **photos, **changes})
+    photos = {"image_size": 8, "resize": 10, "color_jitter": 0.2, "workers": 0}
+    classes = {"num_classes": 4 if data in ("tfds", "folder", "synthetic") else 50}
+    return ml_collections.ConfigDict({**config, **photos, **classes, **changes})
 
 
 @pytest.fixture
@@ -49,6 +51,11 @@ def test_digits():
         images = preprocess(first, jax.random.key(0))
         assert images.dtype == jnp.bfloat16
         np.testing.assert_array_equal(images, first["image"].astype(jnp.bfloat16))
+
+
+def test_labels_beyond_the_classes_are_refused():
+    with pytest.raises(ConfigError, match=r"num_classes=5, but the labels of digits go up to 9"):
+        open_data(make_config(num_classes=5))
 
 
 def test_training_starts_from_any_step():
