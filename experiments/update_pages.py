@@ -63,6 +63,7 @@ from common.report.layers import layers_table
 from common.report.splitting import plot_splitting
 from common.report.tables import format_table, results_table
 from common.report.workdir import METHODS, Summary, read_metrics
+from faults import page as faults_page
 
 import cbp_jax
 
@@ -207,6 +208,7 @@ def tables() -> dict[str, str]:
         **study_tables(),
         "text_llama": plain_table("text_llama"),
         "cost": page.aims(),
+        "faults": faults_page.faults_table(),
     }
 
 
@@ -232,8 +234,8 @@ def filled(texts: Sequence[str], contents: Mapping[str, str]) -> list[str]:
     return [_TABLE.sub(lambda m: f"{m[1]}{contents[m[2]]}\n{m[3]}", text) for text in texts]
 
 
-def main() -> None:
-    draw_study()
+def fill() -> None:
+    """Fills the tables of all pages."""
     texts = [path.read_text() for path in pages()]
     try:
         new = filled(texts, tables())
@@ -244,4 +246,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    draw_study()
+    fill()

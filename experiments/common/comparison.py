@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from common import study
 from common.report.workdir import Summary
+from common.training import disk
 from common.training.run import log
 
 Changes = Mapping[str, Any]  # values by field of a config
@@ -76,7 +77,8 @@ def choose(comparison: Comparison, workdir: Path, method: str) -> int:
     }
     if jax.process_index() == 0:
         file = workdir / comparison.tuned_on / method / "chosen.json"
-        file.write_text(json.dumps(record, indent=2) + "\n")
+        with disk.explained(workdir, study.FINISHED_RUNS):
+            file.write_text(json.dumps(record, indent=2) + "\n")
     log(f"{method}: trial {best} of {len(scores)}, {comparison.trials[method][best]}")
     return best
 
@@ -99,8 +101,9 @@ def _keep_as_first_seed(folder: Path, trial: int) -> None:
     if jax.process_index() == 0 and not (target / "summary.json").exists():
         shutil.rmtree(target, ignore_errors=True)
         ignored = shutil.ignore_patterns("summary.json", "checkpoints", "tensorboard")
-        shutil.copytree(source, target, ignore=ignored)
-        shutil.copy(source / "summary.json", target)
+        with disk.explained(folder, study.FINISHED_RUNS):
+            shutil.copytree(source, target, ignore=ignored)
+            shutil.copy(source / "summary.json", target)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("first seed")
 

@@ -16,10 +16,12 @@ from common.config import ConfigError
 from common.report import figures
 from common.report.tables import results_table
 from common.report.workdir import FULL_PRECISION, Summary, read_metrics
+from common.training import disk
 from common.training.run import log, train_and_evaluate
 from common.training.settle import differences_that_count, saved_config, settle
 
 PRETRAIN = "pretrain"
+FINISHED_RUNS = "the finished runs are intact, and the same command goes on after them"
 
 
 class Entry(NamedTuple):
@@ -77,8 +79,9 @@ def run(
     ]
     table = results_table(summaries)
     if jax.process_index() == 0:
-        (workdir / "table.md").write_text(table + "\n")
-        _draw(workdir, runs, summaries)
+        with disk.explained(workdir, FINISHED_RUNS):
+            (workdir / "table.md").write_text(table + "\n")
+            _draw(workdir, runs, summaries)
     log(f"\n{table}\n\nwritten to {workdir}")
     return summaries
 

@@ -47,11 +47,12 @@ def check_space(folder: Path, state: PyTree) -> None:
 
 
 @contextlib.contextmanager
-def explained(workdir: Path) -> Iterator[None]:
+def explained(workdir: Path, kept: str = "") -> Iterator[None]:
     """Turns the errors of a full disk, or of a read-only folder, into one line.
 
     Args:
-      workdir: of the run.
+      workdir: of the run, or of a study.
+      kept: what is not lost, and what to do; empty: the newest checkpoint.
 
     Raises:
       DiskError: instead of such an error.
@@ -62,16 +63,19 @@ def explained(workdir: Path) -> Iterator[None]:
         reason = _reason(error, workdir)
         if not reason:
             raise
-        step = None
-        with contextlib.suppress(OSError):
-            step = newest_step(workdir / "checkpoints")
-        kept = "there is no checkpoint yet"
-        if step is not None:
-            kept = f"the checkpoint of step {step:,} is intact, and the same command resumes there"
         raise DiskError(
             f"{reason}. {_free(workdir) / 1e6:,.1f} MB are free: make room, or give another "
-            f"--workdir; {kept}"
+            f"--workdir; {kept or _kept(workdir)}"
         ) from error
+
+
+def _kept(workdir: Path) -> str:
+    step = None
+    with contextlib.suppress(OSError):
+        step = newest_step(workdir / "checkpoints")
+    if step is None:
+        return "there is no checkpoint yet"
+    return f"the checkpoint of step {step:,} is intact, and the same command resumes there"
 
 
 def _reason(error: BaseException | None, workdir: Path) -> str:
@@ -79,13 +83,15 @@ def _reason(error: BaseException | None, workdir: Path) -> str:
     while error is not None:
         if isinstance(error, DiskError):
             return str(error)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             file = Path(str(error.filename)) if error.filename else None
             full = error.errno in _FULL and (file is None or _related(file, workdir))
             if full or (file and error.errno in _READ_ONLY and _related(file, workdir)):
                 return f"cannot write {file or 'a file'}: {error.strerror}"
         elif found := next((words for words in _WORDS if words in str(error)), None):
-            return f"cannot write a checkpoint: {found}"
+            # `shutil.copytree` collects errors in one without a number.
+            what = "a file" if isinstance(error, OSError) else "a checkpoint"
+            return f"cannot write {what}: {found}"
         error = error.__cause__ or error.__context__
     return ""
 
