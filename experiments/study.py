@@ -33,6 +33,7 @@ GROUNDS = ("fashion_mnist", "resnet20", "text_llama")
 METHODS = (
     "full_precision", "rounding", "ste", "binary_relax", "parq", "no_window", "cbp", "closing",
 )  # fmt: skip
+RULES = ("adam", "capped", "pi")  # of the multipliers
 # Fields of a run's config that a study has too.
 _PASSED_ON = ("data_dir", "teacher", "constrained", "keep_weights")
 
@@ -44,11 +45,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.constraints = CONSTRAINTS
     config.tuned_on = "binary"
     config.seeds = 3
-    # Instead of trials: course (of closing: when it closes, how strong its multipliers are), or
-    # layers (all of them constrained; then each of them free in turn).
+    # Instead of trials: course (of closing: when it closes, how strong its multipliers are), rules
+    # (of the paper's multipliers), or layers (all constrained; then each of them free in turn).
     config.variants = ""
     config.closes_at = (0.5, 0.7, 0.8, 0.9, 1.0)  # of course
     config.strengths = (0.0, 10.0, 100.0)  # of course
+    config.multiplier_rates = (1e-3, 3e-3)  # of rules
     config.learning_rates = ()  # that each method tries; empty: three of the ground's
     config.rates_alone = False  # try nothing else
     config.epochs = 0  # 0: those of the ground
@@ -136,6 +138,21 @@ def course(rate: float, shares: Sequence[float], strengths: Sequence[float]) -> 
     }
 
 
+def rules(rate: float, multiplier_rates: Sequence[float]) -> Trials:
+    """The paper's method under each rule of the multipliers, at one learning rate."""
+    return {
+        f"{rule}_{multiplier_rate:g}": [
+            {
+                "method": "cbp",
+                "learning_rate": rate,
+                "multiplier_rule": rule,
+                "multiplier_learning_rate": multiplier_rate,
+            }
+        ]
+        for rule, multiplier_rate in itertools.product(RULES, multiplier_rates)
+    }
+
+
 def layers(base: ml_collections.ConfigDict, methods: Sequence[str], rate: float) -> Trials:
     """Every kernel constrained; then each of them in full precision in turn."""
     from common.report.layers import variant
@@ -158,7 +175,7 @@ def comparison(config: ml_collections.ConfigDict) -> "Comparison":
         ("ground", (config.ground,), GROUNDS),
         ("methods", config.methods, METHODS),
         ("constraints", (*config.constraints, config.tuned_on), CONSTRAINTS),
-        ("variants", (config.variants,), ("", "course", "layers")),
+        ("variants", (config.variants,), ("", "course", "rules", "layers")),
     ):
         if unknown := [value for value in values if value not in choices]:
             known = ", ".join(choice or "''" for choice in choices)
@@ -170,6 +187,8 @@ def comparison(config: ml_collections.ConfigDict) -> "Comparison":
     }
     if config.variants == "course":
         methods = course(rates[-1], config.closes_at, config.strengths)
+    elif config.variants == "rules":
+        methods = rules(rates[-1], config.multiplier_rates)
     elif config.variants == "layers":
         methods = layers(base, config.methods, rates[-1])
     return Comparison(

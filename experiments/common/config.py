@@ -78,7 +78,7 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.lr_decay = 0.1  # factor of the learning rate under CBP, from lr_decay_window on
     config.lr_decay_window = 20
     config.multiplier_learning_rate = 1e-4
-    config.multiplier_rule = "adam"  # or capped, which keeps no moments
+    config.multiplier_rule = "adam"  # or capped, pi: see `common.training.optimizers`
     # Or bfloat16; with capped, that is half a float32 number per weight instead of three.
     config.multiplier_dtype = "float32"
     config.patience = 20

@@ -9,6 +9,7 @@ import ml_collections
 import optax
 
 _CAP = 3e-3  # of the violation under the multiplier rule "capped", in the unit of the weights
+_PROPORTIONAL = 3.0  # of the rule "pi"
 
 
 def clip(config: ml_collections.FrozenConfigDict) -> optax.GradientTransformation:
@@ -48,12 +49,14 @@ def multiplier_options(config: ml_collections.FrozenConfigDict) -> dict[str, Any
 
     The rule "capped" keeps no moments: `multiplier += rate * min(violation / 0.003, 1)`, so
     multipliers move as far as under Adam where the constraint is not met, and come to rest where it
-    is.
+    is. "pi" adds a part in proportion to the violation of the moment, as an augmented Lagrangian
+    does, to the sum of violations: `multiplier = rate / 0.003 * (sum + 3 * violation)`.
     """
     rate = config.multiplier_learning_rate
     rules = {
         "adam": optax.adam(rate),
         "capped": optax.chain(optax.clip(_CAP), optax.sgd(rate / _CAP)),
+        "pi": optax.chain(_proportional_integral(_PROPORTIONAL), optax.sgd(rate / _CAP)),
     }
     return {
         "multiplier_optimizer": rules[config.multiplier_rule],
@@ -100,6 +103,26 @@ def learning_rate(config: ml_collections.FrozenConfigDict, steps_per_epoch: int)
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def _proportional_integral(proportional: float) -> optax.GradientTransformation:
+    """Sums of its updates are those of what it gets, plus `proportional` times the last of these.
+
+    Reference: Sohrabi et al. (2024), "On PI Controllers for Updating Lagrange Multipliers in
+      Constrained Optimization", without their smoothing.
+    """
+
+    def init_fn(params: Any) -> optax.TraceState:
+        return optax.TraceState(optax.tree.zeros_like(params))
+
+    def update_fn(
+        updates: Any, state: optax.TraceState, params: Any = None
+    ) -> tuple[Any, optax.TraceState]:
+        del params
+        new = jax.tree.map(lambda e, last: e + proportional * (e - last), updates, state.trace)
+        return new, optax.TraceState(updates)
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _clip_norm(config: ml_collections.FrozenConfigDict) -> optax.GradientTransformation:

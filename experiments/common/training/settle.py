@@ -178,7 +178,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "phase": ("pretrain", "post_train"),
         "constraint": cbp_jax.CONSTRAINTS,
         "method": METHODS,
-        "multiplier_rule": ("adam", "capped"),
+        "multiplier_rule": ("adam", "capped", "pi"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("", "constant", "cosine", "linear"),
         "normalization": ("", "cifar10", "imagenet"),

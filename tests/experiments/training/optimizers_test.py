@@ -63,6 +63,20 @@ def test_rules_of_the_multipliers():
         assert any(leaf.ndim for leaf in jax.tree.leaves(state)) == (rule == "adam")
 
 
+def test_proportional_integral_rule():
+    """Multipliers are the sum of the violations, and three times the last, in units of the rate."""
+    config = config_of(imagenet_resnet18)
+    config.multiplier_rule = "pi"
+    optimizer = optimizers.multiplier_options(config)["multiplier_optimizer"]
+    violations, multiplier = jnp.array([0.3, 0.1, 0.02]), 0.0
+    state = optimizer.init(violations[0])
+    for violation in violations:
+        update, state = optimizer.update(-violation, state)
+        multiplier += update
+    expected = config.multiplier_learning_rate / 3e-3 * (0.42 + 3 * 0.02)
+    assert float(multiplier) == pytest.approx(expected, rel=1e-5)
+
+
 def test_pretraining_keeps_the_rate_it_applied():
     """For the log, in the optimizer's state; and the rate is the schedule's, to the bit."""
     config = config_of(imagenet_alexnet)
