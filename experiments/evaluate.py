@@ -2,6 +2,7 @@
 
     python experiments/evaluate.py --workdir=runs/digits/binary
     python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent
+    python experiments/evaluate.py --workdir=runs/resnet50_binary/best
     python experiments/evaluate.py --network=resnet50 --pretrained=resnet50.pth --data_dir=DIR
 
 A run's `config.json` says what it is; `--data`, `--data_dir` and `--batch_size` may differ. Where
