@@ -24,11 +24,12 @@ class Record(NamedTuple):
 
     images: int  # to train on
     steps_per_epoch: int
-    seconds: float = 0.0  # of all its processes
+    seconds: float = 0.0  # of all its processes, but for what kills lost
     full_precision_top1: float | None = None  # of the weights it started from
     full_precision_test_top1: float | None = None  # likewise, if images were held out
     first_cfs: float | None = None  # CFS / scale after the first epoch
     midway: str | None = None  # the epoch whose weights were kept for the histograms
+    best: Mapping[str, Any] | None = None  # figures of the checkpoint, if it was kept as the best
 
 
 class Run(NamedTuple):
