@@ -7,7 +7,8 @@ import jax
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
-from cbp_jax.deploy.packing import Packed, is_array_like, unpack
+from cbp_jax.deploy.packed import Packed
+from cbp_jax.deploy.packing import is_array_like, unpack
 from cbp_jax.masking import PyTree
 
 

@@ -56,7 +56,7 @@ import safetensors
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.deploy.files import replacing
-from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor
+from cbp_jax.deploy.packed import Packed, PackedError, PackedTensor
 
 _FORMAT, _VERSION = "cbp_jax packed weights", "1"
 _LONGEST_HEADER = 100_000_000  # the limit of safetensors

@@ -12,7 +12,7 @@ LIBRARY = (
     "description", "deploy",
 )  # fmt: skip
 DEPLOY = (
-    "bits", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",
+    "bits", "packed", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",
     "onnx_export",
 )  # fmt: skip
 
