@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from cbp_jax.arguments import floating_dtype, is_array, is_numeric, shown
 from cbp_jax.constraints import Constraint
 from cbp_jax.metrics import aligned
 
@@ -124,6 +126,58 @@ class Packed:
             nbytes = f"{sum(int(tensor.nbytes) for tensor in others):,}"
             rows.append((f"{len(others)} others", "none", size, "", nbytes, "", ""))
         return "\n".join(aligned(rows if rounding else [row[:5] for row in rows]))
+
+
+def check_packed(packed: Any, function: str) -> None:
+    """Checks that packed weights have the form that `pack` gives them.
+
+    Raises:
+      TypeError: if they are no `Packed`, or it does not hold arrays and packed tensors by name.
+      PackedError: if the parts of a packed tensor do not fit each other.
+    """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"{function} takes the result of pack, got {type(packed).__name__}")
+    if not isinstance(packed.tensors, dict):
+        raise TypeError(
+            f"Packed holds a dictionary of tensors, got {type(packed.tensors).__name__}"
+        )
+    for name, tensor in packed.tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a packed tensor is a string, got {shown(name)}")
+        if isinstance(tensor, PackedTensor):
+            try:
+                check_tensor(tensor)
+            except (TypeError, ValueError) as error:
+                raise PackedError(f"packed tensor {name!r}: {error}") from error
+        elif not is_array(tensor) or not is_numeric(tensor.dtype):
+            kind = tensor.dtype if is_array(tensor) else type(tensor).__name__
+            raise TypeError(f"{name!r} is {kind}, neither an array of numbers nor a PackedTensor")
+
+
+def check_tensor(tensor: PackedTensor) -> None:
+    """Raises TypeError or ValueError if the parts of a packed tensor do not fit each other."""
+    codes, scale, constraint, shape = tensor.codes, tensor.scale, tensor.constraint, tensor.shape
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"its constraint is {shown(constraint)}")
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise TypeError(f"{shown(shape)} is not a shape")
+    if not (is_array(codes) and is_array(scale)):
+        raise TypeError("its codes and scale must be arrays")
+    dtype = floating_dtype(tensor.dtype)
+    if dtype is None:
+        raise TypeError(f"its dtype is {shown(tensor.dtype)}, not floating")
+    nbytes = (tensor.size * constraint.bits + 7) // 8
+    check_equal("number of bytes", (codes.shape, codes.dtype), ((nbytes,), np.dtype("uint8")))
+    check_equal("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
+    if scale.ndim:
+        check_equal("number of axes of the scale", scale.ndim, len(shape))
+        check_equal("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
+
+
+def check_equal(what: str, found: Any, expected: Any) -> None:
+    """Raises ValueError if a part of a packed tensor is not what others make it."""
+    if found != expected:
+        raise ValueError(f"{what} is {found}, and {expected} was expected")
 
 
 def _equal_bits(a: Any, b: Any) -> bool:

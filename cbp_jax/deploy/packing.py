@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from cbp_jax.arguments import floating_dtype, is_array, is_numeric, shown
 from cbp_jax.constraints import Constraint
 from cbp_jax.deploy.bits import pack_bits, unpack_bits
-from cbp_jax.deploy.packed import Packed, PackedError, PackedTensor, Rounding
+from cbp_jax.deploy.packed import Packed, PackedError, PackedTensor, Rounding, check_packed
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
 from cbp_jax.metrics import ON_LEVEL
 from cbp_jax.state import ConstrainedLeaf, constrained_leaves
@@ -47,8 +48,8 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
       ValueError: as `quantize` does; if, without `round`, weights are off their levels by more than
         1% of the scale, naming the layers and by how much; if constrained weights are NaN or scales
         are not finite; if two paths have the same name; if an array is spread over several hosts.
-      TypeError: if a leaf has a shape and a dtype but no values to store: a random key, or a
-        `jax.ShapeDtypeStruct`.
+      TypeError: as `quantize` does; or if a leaf has a shape and a dtype but no values to store: a
+        random key, or a `jax.ShapeDtypeStruct`.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -104,10 +105,11 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
       A tree of the template's structure.
 
     Raises:
-      PackedError: if a tensor is missing from either side or has another shape; if it has 64 bits
-        and JAX does not have x64 enabled; or if, without a template, names such as "a" and "a/b"
-        cannot be in one tree. The error names the tensor.
-      TypeError: if `packed` is not a `Packed`, or `dtype` is not floating.
+      PackedError: if a tensor is missing from either side or has another shape; if its parts do not
+        fit each other; if it has 64 bits and JAX does not have x64 enabled; or if, without a
+        template, names such as "a" and "a/b" cannot be in one tree. The error names the tensor.
+      TypeError: if `packed` is not a `Packed`, or one that holds something else; or if `dtype` is
+        not floating.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -116,13 +118,13 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
       >>> print(cbp_jax.unpack(packed)["kernel"])
       [[-0.5  0.5  0.5]]
     """
-    if not isinstance(packed, Packed):
-        raise TypeError(f"unpack takes the result of pack, got {type(packed).__name__}")
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating, got {dtype!r}")
+    check_packed(packed, "unpack")
+    wanted = floating_dtype(dtype)
+    if dtype is not None and wanted is None:
+        raise TypeError(f"dtype must be floating, got {shown(dtype)}")
     if template is None:
         return _nested(
-            {name: _unpack_tensor(name, tensor, dtype) for name, tensor in packed.tensors.items()}
+            {name: _unpack_tensor(name, tensor, wanted) for name, tensor in packed.tensors.items()}
         )
     pairs = [(tensor_name(path), leaf) for path, leaf in flatten_with_paths(template)]
     leaves = {name: leaf for name, leaf in pairs if is_array_like(leaf)}
@@ -144,7 +146,7 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
                 f"{jnp.shape(leaves[name])}"
             )
     restored = [
-        _unpack_tensor(name, packed.tensors[name], dtype) if name in leaves else leaf
+        _unpack_tensor(name, packed.tensors[name], wanted) if name in leaves else leaf
         for name, leaf in pairs
     ]
     return jax.tree.unflatten(jax.tree.structure(template), restored)
@@ -188,10 +190,12 @@ def is_array_like(leaf: Any) -> bool:
 
 def _check_packable(path: Path, leaf: Any) -> None:
     start = f"{path_string(path)!r} cannot be packed: it is"
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+    if not is_array(leaf):
         raise TypeError(f"{start} {type(leaf).__name__}, and only arrays can be")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(f"{start} a random key; leave it out, as nnx.state(model, nnx.Param) does")
+    if not is_numeric(leaf.dtype):
+        raise TypeError(f"{start} of dtype {leaf.dtype}, not of numbers")
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise ValueError(
             f"{start} spread over several hosts: gather the parameters and the state first, with "
@@ -208,7 +212,7 @@ def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
         )
     packed = PackedTensor(
         np.asarray(codes),
-        np.asarray(leaf.scale),
+        np.asarray(leaf.scale, jnp.promote_types(leaf.weight.dtype, jnp.float32)),
         leaf.constraint,
         tuple(leaf.weight.shape),
         jnp.dtype(leaf.weight.dtype).name,
@@ -231,7 +235,7 @@ def _encode_weights(
     return codes, jnp.sum(relative > ON_LEVEL), jnp.max(relative, initial=0), finite
 
 
-def _unpack_tensor(name: str, tensor: Any, dtype: DTypeLike | None) -> jax.Array:
+def _unpack_tensor(name: str, tensor: Any, dtype: np.dtype | None) -> jax.Array:
     own = jnp.dtype(tensor.dtype)
     if not isinstance(tensor, PackedTensor):
         _check_dtype_enabled(name, own)

@@ -102,7 +102,7 @@ def test_missing_and_unknown_tensors(content, path):
         ({"levels": [-1.0, 1.0]}, "bits"),
         ({"levels": [-1.0, -0.5, 0.0, 0.5, 1.0]}, "beyond its 5 levels"),
         ({"levels": [1.0, 0.0, -1.0]}, "strictly increasing"),
-        ({"levels": "abc"}, "float"),
+        ({"levels": "abc"}, "numbers as levels"),
         ({"levels": [-1e400, 0.0]}, "finite|Infinity"),
         ({"constraint": 3}, "name"),
         ({"dtype": "float64"}, "dtype of the scale"),
