@@ -45,11 +45,16 @@ def closing(
     their levels, `w = q(w)`, and stay there, while the other parameters and the batch statistics
     settle.
 
+    Gradients beyond 1e-19 to 1e19, whose squares leave float32, leave `r` at 0: their constraint
+    acts at the end only.
+
     Args:
       inner: the optimizer of all parameters, such as `optax.adamw(schedule)`, without links of this
         library in it. Clip before, not inside, where the clip would see the constraint's gradient
         too: `optax.chain(optax.clip_by_global_norm(1.0), closing(...))`. No link may follow, for it
-        would change the step that puts weights on their levels.
+        would change the step that puts weights on their levels. To survive gradients that are not
+        finite, give `optax.apply_if_finite(optax.adamw(schedule), 3)`: around `closing` it would
+        put off the end of the course by each step that it skips.
       constraint: as in `cbp_jax.cbp`.
       total_steps: calls of `update` in the whole run, at least 3 to end on the levels; under
         `optax.MultiSteps`, emitted updates. A run that goes on with another number starts its

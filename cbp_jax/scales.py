@@ -92,7 +92,8 @@ def _check_range(
 ) -> None:
     """Raises ValueError if the outermost levels, or the gaps between them, are infinite."""
     outermost = max(map(abs, constraint.levels)) * scale
-    if outermost > jnp.finfo(w.dtype).max or 2 * outermost > jnp.finfo(compute).max:
+    most, most_computed = (float(jnp.finfo(dtype).max) for dtype in (w.dtype, compute))
+    if outermost > most or 2 * outermost > most_computed:
         raise ValueError(
             f"the levels of {name} overflow {w.dtype}: the outermost is {outermost:.3g}, with a "
             f"scale of {scale:.3g}. Check its weights, and scale_fn, or leave this leaf out with "

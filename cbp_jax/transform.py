@@ -118,6 +118,11 @@ def cbp(
       >>> updates, state = optimizer.update(grads, state, params, value=loss)
       >>> params = optax.apply_updates(params, updates)
 
+    A gradient that is not finite reaches its own weights as it is. `optax.apply_if_finite` around
+    the whole chain, `apply_if_finite(chain(cbp(...), sgd(...)), 3)`, skips such a step altogether,
+    as if it had not been taken; after `cbp` it saves the weights too, but the step counts.
+    Multipliers saturate below the largest number of their dtype.
+
     With `optax.inject_hyperparams`, arguments that are not numbers to schedule must be static:
     `static_args=("constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn",
     "multiplier_optimizer", "window_growth", "multiplier_dtype")`. With
