@@ -224,13 +224,15 @@ def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.
     w, unit = as_real_array("weights", w), as_real_array("scale", scale)
     if not _broadcasts(unit.shape, w.shape):
         raise ValueError(f"scale has shape {unit.shape}, which weights of {w.shape} do not have")
-    # Arrays of JAX are not waited for.
-    known = isinstance(scale, int | float | np.ndarray | np.generic)
-    if known and not np.all(np.asarray(scale) >= 0):
-        raise ValueError(f"scale must not be negative or NaN, got {shown(scale)}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(float)
     compute = jnp.promote_types(w.dtype, jnp.float32)
+    if isinstance(scale, int | float | np.ndarray | np.generic):  # JAX's are not waited for
+        values, most = np.asarray(scale), float(jnp.finfo(compute).max)
+        if not np.all((values >= 0) & (values <= most)):
+            raise ValueError(
+                f"scale must not be negative, NaN or beyond {compute}, got {shown(scale)}"
+            )
     return w.astype(compute), w.dtype, unit.astype(compute)
 
 
