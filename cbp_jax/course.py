@@ -13,7 +13,8 @@ from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
 from cbp_jax.scales import SCALE_FORM, ScaleFn
 from cbp_jax.state import ClosingState, ConstrainedLeaf, State, float_dtype, pair_all
 from cbp_jax.straight_through import check_axes, measure
-from cbp_jax.transform import add_to_updates, replace_updates, updates_of, zero_multipliers
+from cbp_jax.transform import zero_multipliers
+from cbp_jax.updates import add_to_updates, replace_updates, updates_of
 
 _DECAY = 0.95  # of the running mean of the squared gradients
 

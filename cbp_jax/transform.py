@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,11 +18,10 @@ from cbp_jax.arguments import (
     check_number,
     check_optimizer,
     check_rate,
-    check_update,
 )
 from cbp_jax.constraints import Constraint
 from cbp_jax.lagrangian import constraint_sum
-from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
+from cbp_jax.masking import Path, PyTree, flatten_with_paths
 from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
 from cbp_jax.scales import SCALE_FORM, ScaleFn
 from cbp_jax.state import (
@@ -33,6 +32,7 @@ from cbp_jax.state import (
     pair_all,
 )
 from cbp_jax.straight_through import check_axes, is_placeholder, measure
+from cbp_jax.updates import add_to_updates
 
 GrowthFn = Callable[[jax.Array], ArrayLike]
 
@@ -344,51 +344,6 @@ def zero_multipliers(constraints: PyTree, params: PyTree, dtype: DTypeLike | Non
         return jax.tree.map(like, node) if isinstance(rule, Constraint) else rule
 
     return jax.tree.map(zeros, constraints, params, is_leaf=is_rule)
-
-
-def add_to_updates(
-    updates: PyTree, leaves: Sequence[ConstrainedLeaf], terms: Sequence[jax.Array]
-) -> PyTree:
-    """Adds a term to the update of each constrained leaf, in the update's dtype.
-
-    Raises:
-      ValueError: as `updates_of` does.
-      TypeError: likewise.
-    """
-    sums = [
-        (update + term).astype(update.dtype)
-        for update, term in zip(updates_of(leaves, updates), terms, strict=True)
-    ]
-    return replace_updates(updates, leaves, sums)
-
-
-def updates_of(leaves: Sequence[ConstrainedLeaf], updates: PyTree) -> list[jax.Array]:
-    """Returns the updates of the constrained leaves.
-
-    Raises:
-      ValueError: if the updates lack one of the leaves, or have another shape.
-      TypeError: if they are not floating-point arrays.
-    """
-    by_path, found = dict(flatten_with_paths(updates)), []
-    for leaf in leaves:
-        update = by_path.get(leaf.path)
-        if update is None:
-            raise ValueError(
-                f"the updates lack {path_string(leaf.path)!r}, which is constrained: "
-                "give the gradients of all parameters"
-            )
-        check_update(path_string(leaf.path), update, leaf.weight.shape)
-        found.append(update)
-    return found
-
-
-def replace_updates(
-    updates: PyTree, leaves: Sequence[ConstrainedLeaf], new: Sequence[jax.Array]
-) -> PyTree:
-    """Returns the updates with those of the constrained leaves replaced."""
-    by_path = dict(flatten_with_paths(updates))
-    by_path.update({leaf.path: update for leaf, update in zip(leaves, new, strict=True)})
-    return jax.tree.unflatten(jax.tree.structure(updates), list(by_path.values()))
 
 
 def _zeros_sharded_like(w: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -8,7 +8,7 @@ from pages import ROOT
 COMMON = ("config", "input", "models", "report", "training", "study", "comparison", "launch")
 LIBRARY = (
     "arguments", "step_function", "constraints", "level_sets", "masking", "rules", "scales",
-    "state", "straight_through", "lagrangian", "transform", "course", "recipe", "metrics",
+    "state", "updates", "straight_through", "lagrangian", "transform", "course", "recipe", "metrics",
     "description", "deploy",
 )  # fmt: skip
 DEPLOY = (
