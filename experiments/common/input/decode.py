@@ -5,7 +5,7 @@ decodes, at a reduced size if the crop is to be shrunk by two or more. Pillow re
 cannot, and resizes for evaluation, so that those pixels are torchvision's. OpenCV, which is faster,
 resizes for training.
 
-What a stranger's file can cost is bounded: by `MAX_PIXELS`, of the image and of the resized one, and
+What a stranger's file can cost is bounded by `MAX_PIXELS`, of the image and of the resized one, and
 by `MAX_SCANNED`. What exceeds a bound is unreadable.
 """
 
