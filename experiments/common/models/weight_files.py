@@ -138,7 +138,7 @@ def _check_depth(file: Any) -> None:
     """Raises ValueError if a pickle nests tuples so deep that Python overflows its stack."""
     stack: list[int] = []  # the depth of each object
     marks: list[int] = []  # where on the stack
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for opcode, argument, _ in pickletools.genops(file):
         name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
         if name in ("BINPUT", "LONG_BINPUT"):

@@ -5,6 +5,7 @@ import re
 import resource
 import struct
 import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def load(path):
 def little_memory():
     """Two gigabytes more than there are; what is not touched counts as well."""
     usual = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(open("/proc/self/statm").read().split()[0])
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2 * GIGABYTE
     resource.setrlimit(resource.RLIMIT_AS, (limit, usual[1]))
     yield
@@ -195,5 +196,5 @@ class TestPickles:
                 else was
             ),
         )
-        with pytest.raises(ValueError, match="missing: head.bias"):
+        with pytest.raises(ValueError, match=r"missing: head\.bias"):
             load(path)
