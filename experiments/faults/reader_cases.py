@@ -57,6 +57,7 @@ def _packed() -> tuple[cbp_jax.Packed, bytes]:
 
 
 def packed_case(rng: Rng, folder: Path) -> Read:
+    """Tries packed weights."""
     saved, data = _packed()
     path, kind = folder / "w.safetensors", rng.integers(4)
     if rng.random() > _UNCHANGED:
@@ -126,6 +127,7 @@ def _pickles() -> tuple[bytes, bytes]:
 
 
 def safetensors_case(rng: Rng, folder: Path) -> Read:
+    """Tries `.safetensors` weights."""
     data = _safetensors()
     if rng.random() > _UNCHANGED:
         if rng.random() < 0.4:
@@ -136,6 +138,7 @@ def safetensors_case(rng: Rng, folder: Path) -> Read:
 
 
 def pickle_case(rng: Rng, folder: Path) -> Read:
+    """Tries `.pth` weights, in both of torch's forms."""
     archive, old = _pickles()
     data, edit = (archive, mutations.edit_archive) if rng.random() < 0.6 else (old, damage)
     if rng.random() > _UNCHANGED:
@@ -188,6 +191,7 @@ def _photos() -> tuple[bytes, ...]:
 
 
 def photo_case(rng: Rng, folder: Path) -> Read:
+    """Tries a photo, read for training or for evaluation."""
     del folder
     data = _photos()[rng.integers(len(_photos()))]
     edit = mutations.edit_png if data.startswith(b"\x89PNG") else mutations.edit_jpeg
@@ -222,6 +226,7 @@ def _config() -> str:
 
 
 def config_case(rng: Rng, folder: Path) -> Read:
+    """Tries a run's `config.json`."""
     (folder / "checkpoints").mkdir()
     (folder / "config.json").write_bytes(_changed_text(_config(), rng))
 
@@ -249,6 +254,7 @@ def summary_text() -> str:
 
 
 def summary_case(rng: Rng, folder: Path) -> Read:
+    """Tries a `summary.json`."""
     (folder / "summary.json").write_bytes(_changed_text(summary_text(), rng))
 
     def read() -> bool:
@@ -265,6 +271,7 @@ def summary_case(rng: Rng, folder: Path) -> Read:
 
 
 def metrics_case(rng: Rng, folder: Path) -> Read:
+    """Tries a `metrics.jsonl`; lines that are whole must be read."""
     rows = [
         {"epoch": n, "step": 5 * n, "loss": 1 / n, "violation": {"a": 0.5}} for n in range(1, 9)
     ]
@@ -310,6 +317,7 @@ def _checkpoints() -> tuple[Path, Mapping[int, dict[str, Any]]]:
 
 
 def checkpoint_case(rng: Rng, folder: Path) -> Read:
+    """Tries a run's folder of two checkpoints, each of which must be read as it was saved."""
     original, trees = _checkpoints()
     shutil.copytree(original, folder, dirs_exist_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
