@@ -306,10 +306,10 @@ def _tree(step: int) -> dict[str, Any]:
 
 
 @functools.cache
-def _checkpoints() -> tuple[Path, Mapping[int, dict[str, Any]]]:
-    folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
+def _checkpoints() -> tuple[tempfile.TemporaryDirectory[str], Mapping[int, dict[str, Any]]]:
+    folder = tempfile.TemporaryDirectory()  # removed when the process ends
     trees = {step: _tree(step) for step in _STEPS}
-    writer = Checkpoints(folder, keep=len(_STEPS))
+    writer = Checkpoints(Path(folder.name), keep=len(_STEPS))
     for step, tree in trees.items():
         writer.save(step, {"tree": tree}, {"step": step})
     writer.close()
@@ -319,7 +319,7 @@ def _checkpoints() -> tuple[Path, Mapping[int, dict[str, Any]]]:
 def checkpoint_case(rng: Rng, folder: Path) -> Read:
     """Tries a run's folder of two checkpoints, each of which must be read as it was saved."""
     original, trees = _checkpoints()
-    shutil.copytree(original, folder, dirs_exist_ok=True)
+    shutil.copytree(original.name, folder, dirs_exist_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     newest = [path for path in files if path.is_relative_to(folder / str(max(_STEPS)))]
     for _ in range(rng.integers(1, 4) if rng.random() > _UNCHANGED else 0):
