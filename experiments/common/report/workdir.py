@@ -10,7 +10,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import jax
 import ml_collections
@@ -80,12 +81,27 @@ class Summary:
         if not path.exists():
             raise FileNotFoundError(f"no finished run in {workdir}: there is no summary.json")
         try:
-            return cls(**json.loads(path.read_text()))
+            summary = cls(**json.loads(path.read_text()))
+            for field in dataclasses.fields(cls):
+                value = getattr(summary, field.name)
+                if not _has_type(value, field.type):
+                    raise TypeError(f"{field.name} is {value!r:.100}")
+            return summary
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged, or of another version ({error}): remove it, and rerun the "
                 "command of the run, which measures it again"
             ) from error
+
+
+def _has_type(value: Any, of: Any) -> bool:
+    """Whether a value from JSON has the type of a field; a float may be written as an integer."""
+    if isinstance(of, UnionType):
+        return any(_has_type(value, one) for one in get_args(of))
+    if get_origin(of) is Mapping:
+        number = get_args(of)[1]
+        return isinstance(value, dict) and all(_has_type(v, number) for v in value.values())
+    return type(value) in ((int, float) if of is float else (of,))
 
 
 class Workdir:
