@@ -4,8 +4,9 @@ from cbp_jax.constraints import Constraint
 from cbp_jax.course import closing
 from cbp_jax.deploy.inference import make_predict
 from cbp_jax.deploy.onnx_export import export_onnx
+from cbp_jax.deploy.packed import Packed, PackedError, PackedTensor
 from cbp_jax.deploy.packed_file import load_packed, save_packed
-from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor, pack, unpack
+from cbp_jax.deploy.packing import pack, unpack
 from cbp_jax.description import check_description, describe
 from cbp_jax.level_sets import (
     CONSTRAINTS,

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from cbp_jax.arguments import as_number, as_real_array, as_scalar, check_number, shown
 from cbp_jax.step_function import step_function
 
 
@@ -40,6 +41,7 @@ class Constraint:
     Raises:
       ValueError: if there are fewer than two levels, or they are not finite or not strictly
         increasing, in float32 too.
+      TypeError: if the name is not a string, or the levels are not numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,9 +65,13 @@ class Constraint:
                 "write Constraint(name, levels)"
             )
         start = f"constraint {self.name!r} needs"
-        if isinstance(self.levels, str):
-            raise TypeError(f"{start} numbers as levels, got the string {self.levels!r}")
-        levels = tuple(float(level) for level in self.levels)
+        try:
+            numbers = [as_number(level) for level in self.levels]
+        except TypeError:  # one number, say
+            numbers = [None]
+        levels = tuple(number for number in numbers if number is not None)
+        if len(levels) < len(numbers):
+            raise TypeError(f"{start} a sequence of numbers as levels, got {shown(self.levels)}")
         if len(levels) < 2:
             raise ValueError(f"{start} at least two levels, got {levels}")
         if not all(map(math.isfinite, levels)):
@@ -194,9 +200,7 @@ class Constraint:
         """`w - q(w)`, with `q(w)` rounded to `dtype` so that a stored level violates nothing."""
         nearest = self._nearest(w, scale)
         if dtype != w.dtype:
-            # XLA may keep excess precision and drop a pair of casts, but not this.
-            info = jnp.finfo(dtype)
-            return w - jax.lax.reduce_precision(nearest, info.nexp, info.nmant)
+            return w - _round_to(dtype, nearest)
         # XLA may fuse the product and the difference; rounding must not put a weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
@@ -204,7 +208,9 @@ class Constraint:
         self, w: jax.Array, scale: jax.Array, offset: jax.Array, window: ArrayLike
     ) -> jax.Array:
         """Where the constraint is active; nowhere if the scale is 0."""
-        window = jnp.asarray(window, w.dtype)
+        if not isinstance(window, jax.Array):
+            check_number("window", window, "a number of at least 1", 1)
+        window = as_scalar("window must be a number of at least 1", window, w.dtype)
         # At an infinite window nothing may escape: no midpoint through rounding, no gap that is
         # flushed to 0.
         share = jnp.where(jnp.isinf(window), jnp.finfo(w.dtype).max, (1 - 1 / window) / 2)
@@ -215,10 +221,33 @@ class Constraint:
 
 def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.Array]:
     """The weights in the dtype of the computation, their own dtype, and the scale in the former."""
-    w = jnp.asarray(w)
-    if jnp.issubdtype(w.dtype, jnp.complexfloating):
-        raise TypeError(f"weights must be real, got {w.dtype}: constrain both parts on their own")
+    w, unit = as_real_array("weights", w), as_real_array("scale", scale)
+    if not _broadcasts(unit.shape, w.shape):
+        raise ValueError(f"scale has shape {unit.shape}, which weights of {w.shape} do not have")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(float)
     compute = jnp.promote_types(w.dtype, jnp.float32)
-    return w.astype(compute), w.dtype, jnp.asarray(scale, compute)
+    if isinstance(scale, int | float | np.ndarray | np.generic):  # JAX's are not waited for
+        values, most = np.asarray(scale), float(jnp.finfo(compute).max)
+        if not np.all((values >= 0) & (values <= most)):
+            raise ValueError(
+                f"scale must not be negative, NaN or beyond {compute}, got {shown(scale)}"
+            )
+    return w.astype(compute), w.dtype, unit.astype(compute)
+
+
+def _round_to(dtype: jnp.dtype, x: jax.Array) -> jax.Array:
+    """Rounds to a narrower dtype: XLA may keep excess precision and drop a pair of casts."""
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.smallest_normal <= jnp.finfo(x.dtype).smallest_normal:
+        return rounded
+    # It takes float16's subnormal numbers, which weights may be, for 0.
+    step = float(info.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < float(info.smallest_normal), jnp.round(x / step) * step, rounded)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(
+        n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)
+    )

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax.arguments import check_count, check_number, check_optimizer
-from cbp_jax.masking import PyTree, flatten_with_paths
+from cbp_jax.arguments import LARGEST, check_count, check_function, check_number, check_optimizer
+from cbp_jax.masking import PyTree
 from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
-from cbp_jax.scales import ScaleFn
+from cbp_jax.scales import SCALE_FORM, ScaleFn
 from cbp_jax.state import ClosingState, ConstrainedLeaf, State, float_dtype, pair_all
 from cbp_jax.straight_through import check_axes, measure
-from cbp_jax.transform import add_to_updates, zero_multipliers
+from cbp_jax.transform import zero_multipliers
+from cbp_jax.updates import add_to_updates, replace_updates, updates_of
 
 _DECAY = 0.95  # of the running mean of the squared gradients
 
@@ -45,11 +46,16 @@ def closing(
     their levels, `w = q(w)`, and stay there, while the other parameters and the batch statistics
     settle.
 
+    Gradients beyond 1e-19 to 1e19, whose squares leave float32, leave `r` at 0: their constraint
+    acts at the end only.
+
     Args:
       inner: the optimizer of all parameters, such as `optax.adamw(schedule)`, without links of this
         library in it. Clip before, not inside, where the clip would see the constraint's gradient
         too: `optax.chain(optax.clip_by_global_norm(1.0), closing(...))`. No link may follow, for it
-        would change the step that puts weights on their levels.
+        would change the step that puts weights on their levels. To survive gradients that are not
+        finite, give `optax.apply_if_finite(optax.adamw(schedule), 3)`: around `closing` it would
+        put off the end of the course by each step that it skips.
       constraint: as in `cbp_jax.cbp`.
       total_steps: calls of `update` in the whole run, at least 3 to end on the levels; under
         `optax.MultiSteps`, emitted updates. A run that goes on with another number starts its
@@ -68,8 +74,7 @@ def closing(
     Raises:
       ValueError: as `cbp_jax.cbp` does; if `closes_at` is not in (0, 1] or `strength` negative;
         from `init`, if `inner` has a link of this library in it.
-      TypeError: if `inner` is no optax optimizer; from `init`, if a leaf to be constrained is not
-        floating.
+      TypeError: as `cbp_jax.cbp` does, for `inner` as for its `multiplier_optimizer`.
 
     Example:
       >>> import cbp_jax, jax, jax.numpy as jnp, optax
@@ -88,9 +93,11 @@ def closing(
       `docs/methods.md` compares it with other methods.
     """
     rules, kept_axes = compile_rules(constraint), check_axes(scale_axis)
+    check_function("scale_fn", scale_fn, SCALE_FORM)
     total_steps = check_count("total_steps", total_steps)
-    check_number("closes_at", closes_at, "a share of the run, in (0, 1]", 0, 1, open_at="low")
-    check_number("strength", strength, "a number of at least 0", 0, open_at="high")
+    share = "a share of the run, in (0, 1]"
+    closes_at = check_number("closes_at", closes_at, share, 0, 1, open_at="low")
+    strength = check_number("strength", strength, "a number of at least 0", 0, LARGEST)
     check_optimizer("inner", inner)
     optimizer = optax.with_extra_args_support(inner)
 
@@ -116,7 +123,7 @@ def closing(
     def update_fn(
         updates: PyTree, state: ClosingState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, ClosingState]:
-        leaves = pair_all(params, state)
+        leaves = pair_all("closing", params, state, ClosingState)
         # Two calls short, so that two put weights on their levels: the first sum may round.
         steps = jnp.maximum(jnp.asarray(closes_at * total_steps, float_dtype()) - 2, 1)
         later = optax.safe_increment(state.count)
@@ -126,11 +133,11 @@ def closing(
         rise = (after - p) * (after * after + after * p + p * p)
         bias_correction = -jnp.expm1(math.log(_DECAY) * later)
 
-        grads = dict(flatten_with_paths(updates))
         squares, multipliers, forces = [], [], []
         old = (jax.tree.leaves(tree) for tree in (state.mean_square, state.multipliers))
-        for leaf, mean_square, multiplier in zip(leaves, *old, strict=True):
-            square = _running_mean(mean_square, grads.get(leaf.path))
+        grads = updates_of(leaves, updates)
+        for leaf, grad, mean_square, multiplier in zip(leaves, grads, *old, strict=True):
+            square = _running_mean(mean_square, grad)
             size = jnp.sqrt(square / bias_correction)
             violation = leaf.constraint.violation(leaf.weight, leaf.scale, window)
             grown = strength * rise * violation / jnp.where(leaf.scale > 0, leaf.scale, 1)
@@ -154,10 +161,8 @@ def closing(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _running_mean(mean_square: jax.Array, gradient: jax.Array | None) -> jax.Array:
+def _running_mean(mean_square: jax.Array, gradient: jax.Array) -> jax.Array:
     """The running mean of the squared gradient; a gradient that is not finite does not count."""
-    if gradient is None:
-        return mean_square  # `add_to_updates` raises
     square = jnp.mean(jnp.square(gradient.astype(mean_square.dtype)))
     new = _DECAY * mean_square + (1 - _DECAY) * square
     return jnp.where(jnp.isfinite(square), new, mean_square)
@@ -165,12 +170,11 @@ def _running_mean(mean_square: jax.Array, gradient: jax.Array | None) -> jax.Arr
 
 def _put_on_levels(updates: PyTree, leaves: list[ConstrainedLeaf], closed: jax.Array) -> PyTree:
     """Changes the updates so that constrained weights go to their levels, once it has closed."""
-    steps = dict(flatten_with_paths(updates))
-    for leaf in leaves:
-        step = steps[leaf.path]
+    new = []
+    for leaf, step in zip(leaves, updates_of(leaves, updates), strict=True):
         to_level = leaf.constraint.quantize(leaf.weight, leaf.scale) - leaf.weight
-        steps[leaf.path] = jnp.where(closed & (leaf.scale > 0), to_level.astype(step.dtype), step)
-    return jax.tree.unflatten(jax.tree.structure(updates), list(steps.values()))
+        new.append(jnp.where(closed & (leaf.scale > 0), to_level.astype(step.dtype), step))
+    return replace_updates(updates, leaves, new)
 
 
 def _unflatten_like(tree: PyTree, leaves: list[jax.Array]) -> PyTree:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import optax
 
-from cbp_jax.constraints import Constraint
 from cbp_jax.masking import path_string
-from cbp_jax.state import STEState, find_states, state_paths
+from cbp_jax.state import constrained_parts, find_states
 
 _FORMAT = 1
 _MOST_SHOWN = 10  # differences in an error
@@ -41,20 +40,14 @@ def describe(opt_state: optax.OptState) -> dict[str, Any]:
     """
     leaves: dict[str, Any] = {}
     for state in find_states(opt_state):
-        constrained = [
-            (path, rule) for path, rule in state_paths(state) if isinstance(rule, Constraint)
-        ]
-        scales = jax.tree.leaves(state.weight_scale)
-        for (path, constraint), scale in zip(constrained, scales, strict=True):
+        for path, constraint, scale, multiplier in constrained_parts(state):
             leaves[path_string(path)] = {
                 "constraint": constraint.name,
                 "levels": list(constraint.levels),
-                "scale_shape": list(scale.shape),
+                "scale_shape": list(jnp.shape(scale)),
             }
-        if not isinstance(state, STEState):
-            multipliers = jax.tree.leaves(state.multipliers)
-            for (path, _), multiplier in zip(constrained, multipliers, strict=True):
-                leaves[path_string(path)]["shape"] = list(multiplier.shape)
+            if multiplier is not None:
+                leaves[path_string(path)]["shape"] = list(jnp.shape(multiplier))
     return {"format": _FORMAT, "leaves": leaves}
 
 
@@ -78,7 +71,11 @@ def check_description(opt_state: optax.OptState, description: Mapping[str, Any])
         kernel: scale_shape saved [], here [1, 2]
       make the optimizer with the constraint, mask and scale_axis that the saved state had
     """
-    if description.get("format") != _FORMAT or not isinstance(description.get("leaves"), Mapping):
+    leaves = description.get("leaves") if isinstance(description, Mapping) else None
+    described = isinstance(leaves, Mapping) and all(
+        isinstance(leaf, Mapping) for leaf in leaves.values()
+    )
+    if not described or _plain(description.get("format")) != _FORMAT:
         raise ValueError(
             f"this is no description of cbp_jax.describe, format {_FORMAT}: "
             f"{str(description)[:200]}"
@@ -101,8 +98,17 @@ def _difference(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None)
     return "; ".join(
         f"{name} saved {saved.get(name)!r}, here {value!r}"
         for name, value in here.items()
-        if saved.get(name) != value
+        if _plain(saved.get(name)) != value
     )
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value: a checkpoint may have made arrays or tuples of lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float) else repr(value)
 
 
 def _constraint_name(leaf: Mapping[str, Any] | None) -> str:

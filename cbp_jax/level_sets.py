@@ -96,7 +96,6 @@ def shift(depth: int) -> Constraint:
     return Constraint(f"shift{depth}", (*(-p for p in powers), 0.0, *reversed(powers)))
 
 
-@functools.cache
 def uniform(bits: int) -> Constraint:
     """Evenly spaced symmetric levels that include 0: `k * s` for |k| < 2^(bits - 1).
 
@@ -128,6 +127,11 @@ def uniform(bits: int) -> Constraint:
             f"uniform needs an integer number of bits, 2 to 12, got {bits!r}: "
             "for one bit use binary()"
         )
+    return _uniform(bits)
+
+
+@functools.cache
+def _uniform(bits: int) -> Constraint:
     from scipy import optimize  # a dependency of jax; imported late because it is slow to load
 
     highest = 2 ** (bits - 1) - 1

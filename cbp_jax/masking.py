@@ -148,13 +148,14 @@ def _is_named_as_no_kernel(path: Path, paths: Container[Path]) -> bool:
 
 def compile_patterns(patterns: str | Iterable[str] | None) -> list[re.Pattern[str]]:
     """Compiles one pattern, several or none; raises ValueError for an invalid one."""
-    if not isinstance(patterns, str | Iterable | None):
+    if not isinstance(patterns, str | Iterable | None) or hasattr(patterns, "shape"):
         raise ValueError(f"{patterns!r} is not a pattern, nor a sequence of patterns")
     compiled = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         try:
             compiled.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
+            compiled[-1].fullmatch("")  # those of bytes do not match strings
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{pattern!r} is not a pattern: write a regular expression over paths ({error})"
             ) from error

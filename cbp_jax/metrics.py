@@ -199,7 +199,7 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
 
     Returns:
       For the path of each constrained leaf an int32 array with one count per level of its
-      constraint, lowest first.
+      constraint, lowest first. Weights that are NaN are not counted.
 
     Raises:
       ValueError: as `cbp_jax.quantize` does.
@@ -219,7 +219,7 @@ def level_histogram(params: PyTree, opt_state: optax.OptState) -> dict[str, jax.
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls outside of jit compile once
 def _count_levels(constraint: Constraint, w: jax.Array, scale: jax.Array) -> jax.Array:
-    nearest = constraint.level_index(w, scale)
+    nearest = jnp.where(jnp.isnan(w), -1, constraint.level_index(w, scale))
     # One reduction per level is sharded like the weights; a scatter (jnp.bincount) is not.
     return jax.lax.map(
         lambda level: jnp.sum(nearest == level, dtype=jnp.int32), jnp.arange(len(constraint.levels))

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from cbp_jax.arguments import check_number
+from cbp_jax.arguments import LARGEST, check_number, check_rate, check_update, check_weight, shown
 from cbp_jax.constraints import Constraint
-from cbp_jax.masking import PyTree, is_floating, resolve_mask
+from cbp_jax.masking import PyTree, flatten_with_paths, is_floating, path_string, resolve_mask
 from cbp_jax.rules import ConstraintSpec, MaskSpec
 from cbp_jax.scales import ScaleFn
-from cbp_jax.state import CBPState, float_dtype, is_rule
+from cbp_jax.state import CBPState, check_state, float_dtype, is_rule
 from cbp_jax.transform import GrowthFn, cbp
+
+_BOUND = ("positive or None", 0)  # what is expected, and the lowest
 
 
 class CBPSGDState(NamedTuple):
@@ -89,7 +91,9 @@ def cbp_sgd(
       rate that the last call applied, for logs.
 
     Raises:
-      ValueError: as `cbp_jax.cbp` does; or if `weight_bound` or `gradient_clip` is not positive.
+      ValueError: as `cbp_jax.cbp` does, also for the numbers here; or if `weight_bound` or
+        `gradient_clip` is not positive.
+      TypeError: as `cbp_jax.cbp` does.
 
     Example:
       >>> import cbp_jax, jax.numpy as jnp
@@ -113,14 +117,26 @@ def cbp_sgd(
         window_growth=window_growth,
         multiplier_dtype=multiplier_dtype,
     )
-    for name, bound in (("weight_bound", weight_bound), ("gradient_clip", gradient_clip)):
-        if bound is not None:
-            check_number(name, bound, "positive or None", 0, open_at="low")
+    if weight_bound is not None:
+        weight_bound = check_number("weight_bound", weight_bound, *_BOUND, open_at="low")
+    if gradient_clip is not None:
+        gradient_clip = check_number("gradient_clip", gradient_clip, *_BOUND, open_at="low")
+    if momentum is not None:
+        momentum = check_number("momentum", momentum, "None or a number from 0 to 1", 0, 1)
+    factor = "a number of at least 0"
+    weight_decay = check_number("weight_decay", weight_decay, factor, 0, LARGEST)
+    lr_decay = check_number("lr_decay", lr_decay, factor, 0, LARGEST)
+    lr_decay_window = check_number("lr_decay_window", lr_decay_window, "a number", -math.inf)
+    learning_rate = check_rate("learning_rate", learning_rate)
+
+    def decays(params: PyTree) -> PyTree:
+        if decay_mask is None:
+            return _at_least_two_axes(params)
+        return jax.tree.unflatten(jax.tree.structure(params), resolve_mask(decay_mask, params))
+
     sgd = optax.chain(
         optax.identity() if gradient_clip is None else optax.clip(gradient_clip),
-        optax.add_decayed_weights(
-            weight_decay, _at_least_two_axes if decay_mask is None else decay_mask
-        ),
+        optax.add_decayed_weights(weight_decay, decays),
         optax.identity() if momentum is None else optax.trace(momentum),
     )
 
@@ -146,6 +162,7 @@ def cbp_sgd(
         **extra_args: Any,
     ) -> tuple[PyTree, CBPSGDState]:
         del extra_args
+        check_state("cbp_sgd", state, CBPSGDState)
         updates, cbp_state = link.update(updates, state.cbp, params, value=value)
         updates, sgd_state = sgd.update(updates, state.sgd, params)
         rate = current_rate(state.cbp.count, cbp_state.window)
@@ -186,7 +203,9 @@ def keep_params_in_box(
       A stateless link whose `update` needs `params`.
 
     Raises:
-      ValueError: if the lower bound is not below the upper one; from `update`, without `params`.
+      ValueError: if a bound is no number, or the lower one not below the upper one; from `update`,
+        without `params`, or if the updates do not fit them.
+      TypeError: from `update`, if a leaf to be kept inside is not a floating-point array.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -199,9 +218,11 @@ def keep_params_in_box(
     Reference: the code of Kim and Jeong (2021), which clamps constrained weights to [-1, 1] after
       each step.
     """
-    if isinstance(lower, int | float) and isinstance(upper, int | float) and not lower < upper:
+    lower = check_number("the lower bound", lower, "a number", -math.inf)
+    upper = check_number("the upper bound", upper, "a number", -math.inf)
+    if isinstance(lower, float) and isinstance(upper, float) and not lower < upper:
         raise ValueError(
-            f"the lower bound must be below the upper one, got {lower!r} and {upper!r}"
+            f"the lower bound must be below the upper one, got {shown(lower)} and {shown(upper)}"
         )
 
     def init_fn(params: PyTree) -> optax.EmptyState:
@@ -223,6 +244,10 @@ def keep_params_in_box(
                 "give trees of the same structure"
             )
         flags = list(map(is_floating, weights)) if mask is None else resolve_mask(mask, params)
+        for (path, w), u, flag in zip(flatten_with_paths(params), steps, flags, strict=True):
+            if flag:
+                check_weight(path_string(path), w)
+                check_update(path_string(path), u, w.shape)
         clamped = [
             _clamp_update(w, u, lower, upper) if flag else u
             for w, u, flag in zip(weights, steps, flags, strict=True)

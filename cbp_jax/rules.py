@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 
+from cbp_jax.arguments import check_weight
 from cbp_jax.constraints import Constraint
 from cbp_jax.level_sets import get_constraint
 from cbp_jax.masking import (
@@ -12,7 +13,6 @@ from cbp_jax.masking import (
     check_patterns,
     compile_patterns,
     flatten_with_paths,
-    is_floating,
     path_string,
     resolve_mask,
 )
@@ -56,11 +56,6 @@ def assign_constraints(rules: Rules, mask: MaskSpec, params: PyTree) -> dict[Pat
         rule = next((rule for pattern, rule in rules if pattern.fullmatch(name)), None)
         if rule is None:
             continue
-        if not is_floating(leaf):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise TypeError(
-                f"{name!r} cannot be constrained: it is {kind}, and only floating-point arrays can "
-                "be; leave it out of the mask"
-            )
+        check_weight(name, leaf)
         chosen[path] = rule
     return chosen

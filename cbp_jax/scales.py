@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from cbp_jax.arguments import as_real_array
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import Path, path_string
 
 ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # weights, kept axes -> scale
+SCALE_FORM = "(w, kept axes) -> scale"  # in messages
 
 # With no more weights per level than this, distinct values do not tell whether they are quantized.
 _FEW_PER_LEVEL = 4
@@ -25,13 +27,21 @@ def mean_absolute_value(w: jax.Array, kept_axes: tuple[int, ...]) -> jax.Array:
 
 
 def measure_scale(
-    path: Path, w: jax.Array, kept_axes: Sequence[int], scale_fn: ScaleFn | None
+    path: Path,
+    w: jax.Array,
+    constraint: Constraint,
+    kept_axes: Sequence[int],
+    scale_fn: ScaleFn | None,
 ) -> jax.Array:
     """Returns a leaf's scale, in the dtype of the computation.
 
+    A scale below the smallest normal number of that dtype is 0, whether a backend would flush it
+    to 0 or not.
+
     Raises:
       ValueError: if the leaf lacks a kept axis or has no others, or the scale has the wrong shape;
-        outside of `jit` also if it is negative, not finite or zero throughout.
+        outside of `jit` also if it is negative, not finite or zero throughout, or levels overflow.
+      TypeError: if `scale_fn` does not return numbers.
     """
     compute = jnp.promote_types(w.dtype, jnp.float32)
     kept = normalize_axes(path, w.ndim, kept_axes)
@@ -45,12 +55,14 @@ def measure_scale(
             "weight would have its own scale and start on a level. Exclude this leaf with "
             "mask=cbp_jax.select(exclude=...), or keep fewer axes"
         )
-    scale = jnp.array((scale_fn or mean_absolute_value)(w.astype(compute), kept), compute)
+    measured = (scale_fn or mean_absolute_value)(w.astype(compute), kept)
+    scale = as_real_array(f"the scale that scale_fn gave {name}", measured).astype(compute)
     if scale.shape != shape:
         raise ValueError(
             f"scale_fn gave {name} a scale of shape {scale.shape}; shape {shape} was expected"
         )
-    scale = _replicate(scale)
+    smallest = jnp.finfo(compute).smallest_normal
+    scale = _replicate(jnp.where(jnp.abs(scale) < smallest, 0, scale))
     if not isinstance(scale, jax.core.Tracer) and (
         scale.is_fully_addressable or scale.is_fully_replicated
     ):
@@ -59,6 +71,13 @@ def measure_scale(
             raise ValueError(
                 f"the scale of {name} is negative or not finite: check its weights, and scale_fn"
             )
+        _check_range(name, w, constraint, float(np.max(values)), compute)
+        here = getattr(w, "is_fully_addressable", True)
+        if np.all(values == 0) and here and np.any(np.asarray(w) != 0):
+            raise ValueError(
+                f"the scale of {name} is below the smallest normal {compute}, {smallest:.2g}, "
+                "though its weights are not all 0: check its weights, and scale_fn"
+            )
         if np.all(values == 0):
             raise ValueError(
                 f"the scale of {name} is 0, because all its weights are: load the pre-trained "
@@ -66,6 +85,20 @@ def measure_scale(
                 "mask=cbp_jax.select(exclude=...)"
             )
     return scale
+
+
+def _check_range(
+    name: str, w: jax.Array, constraint: Constraint, scale: float, compute: jnp.dtype
+) -> None:
+    """Raises ValueError if the outermost levels, or the gaps between them, are infinite."""
+    outermost = max(map(abs, constraint.levels)) * scale
+    most, most_computed = (float(jnp.finfo(dtype).max) for dtype in (w.dtype, compute))
+    if outermost > most or 2 * outermost > most_computed:
+        raise ValueError(
+            f"the levels of {name} overflow {w.dtype}: the outermost is {outermost:.3g}, with a "
+            f"scale of {scale:.3g}. Check its weights, and scale_fn, or leave this leaf out with "
+            "mask=cbp_jax.select(exclude=...)"
+        )
 
 
 def warn_if_quantized(

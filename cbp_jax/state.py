@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cbp_jax.arguments import check_function, check_weight, is_array
 from cbp_jax.constraints import Constraint
 from cbp_jax.masking import (
     Path,
@@ -21,7 +22,7 @@ from cbp_jax.masking import (
     is_variable,
     path_string,
 )
-from cbp_jax.scales import ScaleFn, measure_scale
+from cbp_jax.scales import SCALE_FORM, ScaleFn, measure_scale
 
 
 class CBPState(NamedTuple):
@@ -106,6 +107,7 @@ def quantize(params: PyTree, opt_state: optax.OptState) -> PyTree:
     Raises:
       ValueError: if the state holds no `CBPState`, constrains a leaf twice, or does not fit the
         parameters; the error names the leaf.
+      TypeError: if a constrained leaf, or its part of the state, is not an array with values.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -185,7 +187,9 @@ def refit_scales(
       A state of the same structure with a new `weight_scale`, per tensor or per channel as before.
 
     Raises:
-      ValueError: as `quantize` does; or if a leaf is not finite, or zero throughout.
+      ValueError: as `quantize` does; or if a leaf is not finite, zero throughout, or its levels
+        overflow.
+      TypeError: as `quantize` does; or if `scale_fn` is no function, or does not return numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, cbp_jax
@@ -195,10 +199,13 @@ def refit_scales(
       >>> print(state.weight_scale["kernel"])
       2.0
     """
+    check_function("scale_fn", scale_fn, SCALE_FORM)
     scales = {}
     for leaf in constrained_leaves(params, opt_state):
         kept_axes = tuple(axis for axis, n in enumerate(leaf.scale.shape) if n > 1)
-        scales[leaf.path] = measure_scale(leaf.path, leaf.weight, kept_axes, scale_fn)
+        scales[leaf.path] = measure_scale(
+            leaf.path, leaf.weight, leaf.constraint, kept_axes, scale_fn
+        )
 
     def refit(node: Any) -> Any:
         if not isinstance(node, State):
@@ -262,12 +269,23 @@ def constrained_leaves(params: PyTree, opt_state: optax.OptState) -> list[Constr
     return [found[path] for path in weights if path in found]
 
 
-def pair_all(params: PyTree | None, state: State) -> list[ConstrainedLeaf]:
-    """Pairs parameters with one link's state.
+def check_state(name: str, state: Any, kind: type) -> None:
+    """Raises TypeError if a state is not of the kind that a link's `init` returns."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"the state of {name} is a {kind.__name__}, got {type(state).__name__}: give update "
+            "the state that init, or the update before, returned"
+        )
+
+
+def pair_all(name: str, params: PyTree | None, state: State, kind: type) -> list[ConstrainedLeaf]:
+    """Pairs parameters with the state of one link, of this name and kind of state.
 
     Raises:
       ValueError: if there are no parameters, or the state does not know one of them.
+      TypeError: if the state is of another kind, or as `pair_with_state` does.
     """
+    check_state(name, state, kind)
     if params is None:
         raise ValueError(
             "the link needs the parameters: call optimizer.update(grads, state, params), under cbp "
@@ -289,6 +307,33 @@ def state_paths(state: State) -> list[tuple[Path, Constraint | optax.MaskedNode]
     return flatten_with_paths(state.constraints, is_leaf=is_rule)
 
 
+def constrained_parts(state: State) -> list[tuple[Path, Constraint, Any, Any]]:
+    """Returns the path, constraint, scale and multiplier (None under `ste`) per constrained leaf.
+
+    Raises:
+      ValueError: if the state lacks some of them.
+    """
+    constrained = [
+        (path, constraint)
+        for path, constraint in state_paths(state)
+        if isinstance(constraint, Constraint)
+    ]
+    scales = jax.tree.leaves(state.weight_scale)
+    multipliers = [None] * len(scales)
+    if not isinstance(state, STEState):
+        multipliers = jax.tree.leaves(state.multipliers)
+    if not len(constrained) == len(scales) == len(multipliers):
+        raise ValueError(
+            f"the state is incomplete: for {len(constrained)} constrained leaves it has "
+            f"{len(scales)} scales and {len(multipliers)} multipliers; give the state as init or "
+            "update returned it"
+        )
+    return [
+        (*leaf, scale, multiplier)
+        for leaf, scale, multiplier in zip(constrained, scales, multipliers, strict=True)
+    ]
+
+
 def is_rule(node: Any) -> bool:
     """Whether a node of `constraints` stands for a leaf of the parameters."""
     return isinstance(node, Constraint | optax.MaskedNode)
@@ -298,28 +343,28 @@ def pair_with_state(weights: dict[Path, Any], state: State) -> list[ConstrainedL
     """Returns the leaves that one state constrains, in its order.
 
     Raises:
-      ValueError: if the parameters lack one of them or its shape differs.
+      ValueError: if the parameters lack one of them, its shape differs, or the state lacks a part.
+      TypeError: if a parameter or its part of the state is not an array.
     """
-    constrained = [
-        (path, constraint)
-        for path, constraint in state_paths(state)
-        if isinstance(constraint, Constraint)
-    ]
-    missing = [path_string(path) for path, _ in constrained if path not in weights]
+    parts = constrained_parts(state)
+    missing = [path_string(path) for path, *_ in parts if path not in weights]
     if missing:
         raise ValueError(
-            f"the parameters lack {len(missing)} of the {len(constrained)} leaves that the state "
+            f"the parameters lack {len(missing)} of the {len(parts)} leaves that the state "
             f"constrains: {', '.join(missing[:5])}. They have "
             f"{', '.join(map(path_string, list(weights)[:5])) or 'no leaves'}. "
             "Give the tree (or a tree with the same paths) that the optimizer's init was given."
         )
-    scales = jax.tree.leaves(state.weight_scale)
-    multipliers: list[jax.Array | None] = [None] * len(scales)
-    if not isinstance(state, STEState):
-        multipliers = jax.tree.leaves(state.multipliers)
     leaves = []
-    for (path, constraint), multiplier, scale in zip(constrained, multipliers, scales, strict=True):
+    for path, constraint, scale, multiplier in parts:
         weight = weights[path]
+        check_weight(path_string(path), weight)
+        for part in (scale, multiplier):
+            if part is not None and not is_array(part):
+                raise TypeError(
+                    f"the state's part for {path_string(path)!r} is {type(part).__name__}, not an "
+                    "array: give the state as init or update returned it"
+                )
         if multiplier is not None and jnp.shape(weight) != multiplier.shape:
             raise ValueError(
                 f"{path_string(path)!r} has shape {jnp.shape(weight)}, but the state was made for "

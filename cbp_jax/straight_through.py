@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import optax
 
+from cbp_jax.arguments import check_function
 from cbp_jax.masking import Path, PyTree, as_path, flatten_with_paths, is_variable
 from cbp_jax.rules import ConstraintSpec, MaskSpec, Rules, assign_constraints, compile_rules
-from cbp_jax.scales import ScaleFn, measure_scale, warn_if_quantized
-from cbp_jax.state import STEState
+from cbp_jax.scales import SCALE_FORM, ScaleFn, measure_scale, warn_if_quantized
+from cbp_jax.state import STEState, check_state
 
 
 def ste(
@@ -41,7 +42,7 @@ def ste(
 
     Raises:
       ValueError: as `cbp_jax.cbp` does.
-      TypeError: from `init`, if a leaf to be constrained is not floating.
+      TypeError: likewise.
 
     Example:
       >>> import cbp_jax, jax, jax.numpy as jnp, optax
@@ -58,6 +59,7 @@ def ste(
       table 4, compare with it.
     """
     rules, kept_axes = compile_rules(constraint), check_axes(scale_axis)
+    check_function("scale_fn", scale_fn, SCALE_FORM)
 
     def init_fn(params: PyTree) -> STEState:
         return STEState(*measure(rules, mask, params, kept_axes, scale_fn))
@@ -66,6 +68,7 @@ def ste(
         updates: PyTree, state: STEState, params: PyTree | None = None
     ) -> tuple[PyTree, STEState]:
         del params
+        check_state("ste", state, STEState)
         return updates, state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
@@ -97,7 +100,9 @@ def measure(
 
     constraints = build(lambda path, node: chosen[path])
     scales = build(
-        lambda path, node: measure_scale(path, jax.tree.leaves(node)[0], kept_axes, scale_fn)
+        lambda path, node: measure_scale(
+            path, jax.tree.leaves(node)[0], chosen[path], kept_axes, scale_fn
+        )
     )
     for path, leaf in flatten_with_paths(params):
         if path in chosen:

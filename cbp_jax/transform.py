@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +10,20 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from cbp_jax.arguments import check_count, check_number, check_optimizer
+from cbp_jax.arguments import (
+    as_scalar,
+    check_count,
+    check_function,
+    check_multiplier_dtype,
+    check_number,
+    check_optimizer,
+    check_rate,
+)
 from cbp_jax.constraints import Constraint
 from cbp_jax.lagrangian import constraint_sum
-from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
+from cbp_jax.masking import Path, PyTree, flatten_with_paths
 from cbp_jax.rules import ConstraintSpec, MaskSpec, compile_rules
-from cbp_jax.scales import ScaleFn
+from cbp_jax.scales import SCALE_FORM, ScaleFn
 from cbp_jax.state import (
     CBPState,
     ConstrainedLeaf,
@@ -24,6 +32,7 @@ from cbp_jax.state import (
     pair_all,
 )
 from cbp_jax.straight_through import check_axes, is_placeholder, measure
+from cbp_jax.updates import add_to_updates
 
 GrowthFn = Callable[[jax.Array], ArrayLike]
 
@@ -91,10 +100,13 @@ def cbp(
 
     Raises:
       ValueError: if the constraint is unknown or a number out of range; from `init` if a pattern
-        matches nothing or a leaf is zero throughout; from `update` without `params`, or with
-        parameters that do not fit the state.
-      TypeError: if `multiplier_optimizer` is no optax optimizer; from `init`, if a leaf to be
-        constrained is not floating.
+        matches nothing, or a leaf is zero throughout or its levels overflow; from `update` without
+        `params`, with parameters or updates that do not fit the state, or if `value`, or what
+        `window_growth` returns, is no number.
+      TypeError: if `multiplier_optimizer` is no optax optimizer, or `scale_fn` or `window_growth`
+        no function; from `init`, if a leaf to be constrained is not a floating-point array, or
+        `scale_fn` does not return numbers; from `update`, if the state is that of another
+        optimizer, or the updates are not floating-point arrays.
 
     Example:
       >>> import cbp_jax, jax, jax.numpy as jnp, optax
@@ -105,6 +117,11 @@ def cbp(
       >>> loss, grads = jax.value_and_grad(loss_fn)(cbp_jax.quantize(params, state))
       >>> updates, state = optimizer.update(grads, state, params, value=loss)
       >>> params = optax.apply_updates(params, updates)
+
+    A gradient that is not finite reaches its own weights as it is. `optax.apply_if_finite` around
+    the whole chain, `apply_if_finite(chain(cbp(...), sgd(...)), 3)`, skips such a step altogether,
+    as if it had not been taken; after `cbp` it saves the weights too, but the step counts.
+    Multipliers saturate below the largest number of their dtype.
 
     With `optax.inject_hyperparams`, arguments that are not numbers to schedule must be static:
     `static_args=("constraint", "mask", "steps_per_epoch", "patience", "scale_axis", "scale_fn",
@@ -117,16 +134,15 @@ def cbp(
     rules = compile_rules(constraint)
     steps_per_epoch = check_count("steps_per_epoch", steps_per_epoch)
     patience = check_count("patience", patience)
-    check_number("initial_window", initial_window, "a number of at least 1", 1)
+    initial_window = check_number("initial_window", initial_window, "a number of at least 1", 1)
     kept_axes = check_axes(scale_axis)
-    if multiplier_dtype is not None and not jnp.issubdtype(multiplier_dtype, jnp.floating):
-        raise ValueError(f"multiplier_dtype must be a floating dtype, got {multiplier_dtype!r}")
+    check_function("scale_fn", scale_fn, SCALE_FORM)
+    check_function("window_growth", window_growth, "window -> next window")
+    multiplier_dtype = check_multiplier_dtype(multiplier_dtype)
     if multiplier_optimizer is not None:
         check_optimizer("multiplier_optimizer", multiplier_optimizer)
     else:
-        if not callable(multiplier_learning_rate):  # a schedule
-            expected = "a number of at least 0"
-            check_number("multiplier_learning_rate", multiplier_learning_rate, expected, 0)
+        multiplier_learning_rate = check_rate("multiplier_learning_rate", multiplier_learning_rate)
         if multiplier_dtype is not None and jnp.finfo(multiplier_dtype).smallest_normal > 1e-8:
             raise ValueError(
                 f"multiplier_dtype {jnp.dtype(multiplier_dtype).name} cannot hold Adam's moments, "
@@ -169,7 +185,7 @@ def cbp(
         **extra_args: Any,
     ) -> tuple[PyTree, CBPState]:
         del extra_args
-        leaves = pair_all(params, state)
+        leaves = pair_all("cbp", params, state, CBPState)
         if value is None and not (isinstance(patience, int) and patience == 1):
             warnings.warn(
                 "cbp's update got no value: without the Lagrangian the window grows by patience "
@@ -213,7 +229,8 @@ def _start_of_epoch(
     comparable = (state.lagrangian_sum > -jnp.inf) & (state.previous_sum > -jnp.inf)
     stalled = comparable & (state.lagrangian_sum >= state.previous_sum)
     grows = ended & (stalled | (used >= patience))
-    grown = jnp.asarray(grow(state.window), state.window.dtype)
+    expected = "window_growth must return the next window"
+    grown = as_scalar(expected, grow(state.window), state.window.dtype)
     # A growth that is not one, or NaN, leaves the window as it is.
     window = jnp.where(grows & (grown > state.window), grown, state.window)
 
@@ -258,7 +275,8 @@ def _move_multipliers(
         steps, new_opt_state = ascent.update(
             jax.tree.unflatten(treedef, descent), opt_state, multipliers
         )
-        new = (optax.apply_updates(multipliers, steps), new_opt_state)
+        moved = jax.tree.map(_saturate, optax.apply_updates(multipliers, steps))
+        new = (moved, new_opt_state)
         return jnp.zeros_like(ascends), *_cast_like(new, (multipliers, opt_state))
 
     # A loop of at most one turn: on a GPU some versions of XLA copy, in every step, everything that
@@ -268,16 +286,20 @@ def _move_multipliers(
     return multipliers, opt_state
 
 
+def _saturate(multiplier: jax.Array) -> jax.Array:
+    """Bounds a multiplier so that twice it is finite, and 0 times it is 0 and not NaN."""
+    most = float(jnp.finfo(multiplier.dtype).max) / 4
+    return jnp.clip(multiplier, -most, most)
+
+
 def _end_of_step(
     state: CBPState, value: ArrayLike | None, total: jax.Array | None, steps_per_epoch: ArrayLike
 ) -> CBPState:
     """Adds this step's Lagrangian, the loss plus the constraint's total, to the epoch's sum."""
     if value is None or total is None:  # they come together
         total = jnp.array(-jnp.inf, float_dtype())
-    elif jnp.shape(value) != ():
-        raise ValueError(f"value must be the loss, a scalar; got shape {jnp.shape(value)}")
     else:
-        total = jnp.asarray(value, float_dtype()) + total
+        total = as_scalar("value must be the loss", value, float_dtype()) + total
     usable = jnp.isfinite(total)
     position = state.step_in_epoch + 1
     # Compensated (Kahan 1965): added one by one, 100,000 numbers are off by 1e-5 in float32, and a
@@ -322,26 +344,6 @@ def zero_multipliers(constraints: PyTree, params: PyTree, dtype: DTypeLike | Non
         return jax.tree.map(like, node) if isinstance(rule, Constraint) else rule
 
     return jax.tree.map(zeros, constraints, params, is_leaf=is_rule)
-
-
-def add_to_updates(
-    updates: PyTree, leaves: Sequence[ConstrainedLeaf], terms: Sequence[jax.Array]
-) -> PyTree:
-    """Adds a term to the update of each constrained leaf, in the update's dtype.
-
-    Raises:
-      ValueError: if the updates lack one of the leaves.
-    """
-    grads = dict(flatten_with_paths(updates))
-    for leaf, term in zip(leaves, terms, strict=True):
-        grad = grads.get(leaf.path)
-        if grad is None:
-            raise ValueError(
-                f"the updates lack {path_string(leaf.path)!r}, which is constrained: "
-                "give the gradients of all parameters"
-            )
-        grads[leaf.path] = (grad + term).astype(grad.dtype)
-    return jax.tree.unflatten(jax.tree.structure(updates), list(grads.values()))
 
 
 def _zeros_sharded_like(w: jax.Array, dtype: DTypeLike) -> jax.Array:

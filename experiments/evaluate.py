@@ -2,6 +2,7 @@
 
     python experiments/evaluate.py --workdir=runs/digits/binary
     python experiments/evaluate.py --workdir=runs/resnet50_binary --weights=latent
+    python experiments/evaluate.py --workdir=runs/resnet50_binary/best
     python experiments/evaluate.py --network=resnet50 --pretrained=resnet50.pth --data_dir=DIR
 
 A run's `config.json` says what it is; `--data`, `--data_dir` and `--batch_size` may differ. Where
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 from common.input.open import open_data
+from common.launch import end_on_interrupt
 from common.training.restore import Run, evaluation_config, restore
 from common.training.settle import is_constrained
 from common.training.setup import make_evaluation, make_setup
@@ -113,4 +115,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 0, "Images at a time.")
     flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
     flags.DEFINE_bool("test", False, "On the test images, though others were held out.")
+    end_on_interrupt("interrupted")
     app.run(main)

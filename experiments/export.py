@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
+from common.launch import end_on_interrupt
 from common.report import deploy
 from common.report.workdir import float32_bytes, size_text
 from common.training.restore import Run, restore
@@ -93,4 +94,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "The folder of the data.")
     flags.DEFINE_integer("batch_size", 0, "Images at a time.")
     flags.DEFINE_integer("limit", 0, "Evaluate on so many images, evenly spread; 0: on all.")
+    end_on_interrupt("interrupted")
     app.run(main)

@@ -7,7 +7,9 @@ import jax
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
-from cbp_jax.deploy.packing import Packed, is_array_like, unpack
+from cbp_jax.arguments import shown
+from cbp_jax.deploy.packed import Packed, check_packed
+from cbp_jax.deploy.packing import is_array_like, unpack
 from cbp_jax.masking import PyTree
 
 
@@ -49,6 +51,7 @@ def make_predict(
     Raises:
       PackedError: as `unpack` does.
       ValueError: if `weights` is neither "expand" nor "packed".
+      TypeError: as `unpack` does; or if `model_fn` is no function.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -59,15 +62,18 @@ def make_predict(
       >>> print(predict(jnp.ones((1, 2))))
       [[0. 1.]]
     """
-    if weights == "expand":
+    if not callable(model_fn):
+        raise TypeError(f"model_fn must be a function (params, *inputs), got {shown(model_fn)}")
+    check_packed(packed, "make_predict")
+    if isinstance(weights, str) and weights == "expand":
         arrays, rest = _partition(unpack(packed, template, dtype=dtype))
 
         def predict_from_arrays(arrays: PyTree, *inputs: Any) -> Any:
             return model_fn(_combine(arrays, rest), *inputs)
 
         return Partial(jax.jit(predict_from_arrays), arrays)
-    if weights != "packed":
-        raise ValueError(f"weights={weights!r} is neither 'expand' nor 'packed'")
+    if not isinstance(weights, str) or weights != "packed":
+        raise ValueError(f"weights={shown(weights)} is neither 'expand' nor 'packed'")
     # Fail early on a mismatch.
     jax.eval_shape(lambda packed: _partition(unpack(packed, template, dtype=dtype))[0], packed)
     options = (

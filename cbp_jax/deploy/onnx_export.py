@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cbp_jax.arguments import as_real_array, shown
 from cbp_jax.deploy.files import replacing
 from cbp_jax.deploy.onnx_fusion import make_fusible, unfused, unpack_when_loaded
 from cbp_jax.deploy.onnx_weights import FLOAT, INTEGERS, graph_weight, put_weights, remove_unused
@@ -78,8 +79,9 @@ def export_onnx(
     Raises:
       ImportError: if jax2onnx, onnx or onnxruntime is not installed.
       ValueError: as `quantize` does; if the levels of a layer do not fit the type, or a constrained
-        weight is not float32; if the file would not compute what JAX does. An existing file is then
-        unchanged.
+        weight is not float32; if the outputs for `example_input` are NaN or infinite; if the file
+        would not compute what JAX does. An existing file is then unchanged.
+      TypeError: as `quantize` does; or if the model cannot be called, or inputs are not real.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -93,9 +95,12 @@ def export_onnx(
     Reference: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
     """
     to_onnx = _import_to_onnx()
-    if weight_type not in _OPSETS:
+    if not callable(model):
+        raise TypeError(f"model must be a function or a module, got {shown(model)}")
+    if not isinstance(weight_type, str) or weight_type not in _OPSETS:
         raise ValueError(
-            f"no weight type {weight_type!r}: give {', '.join(map(repr, INTEGERS))} or {FLOAT!r}"
+            f"no weight type {shown(weight_type)}: "
+            f"give {', '.join(map(repr, INTEGERS))} or {FLOAT!r}"
         )
     inputs = _check_inputs(example_input)
     leaves = dict(flatten_with_paths(params))
@@ -108,6 +113,7 @@ def export_onnx(
     on_levels = dict(flatten_with_paths(quantize(params, opt_state)))
     with jax.default_matmul_precision("highest"):  # accelerators default to a lower one
         expected = [jax.jit(forward)(on_levels, batch) for batch in batches]
+    _check_comparable(expected)
 
     def traced(*arrays: jax.Array) -> Any:
         given = dict(zip((leaf.path for leaf in constrained), arrays[len(inputs) :], strict=True))
@@ -167,7 +173,7 @@ def _import_to_onnx() -> Callable[..., Any]:
 
 def _check_inputs(example_input: Any) -> list[jax.Array]:
     given = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = [jnp.asarray(x) for x in given]
+    inputs = [as_real_array("example_input", x) for x in given]
     sizes = [x.shape[:1] for x in inputs]
     if not inputs or len(set(sizes)) > 1 or sizes[0] in ((), (0,)):
         raise ValueError(
@@ -175,6 +181,16 @@ def _check_inputs(example_input: Any) -> list[jax.Array]:
             f"arrays; got shapes {[x.shape for x in inputs]}"
         )
     return inputs
+
+
+def _check_comparable(expected: Sequence[Sequence[jax.Array]]) -> None:
+    """Raises ValueError if outputs would agree with anything."""
+    for output in (np.asarray(output) for batch in expected for output in batch):
+        if np.any(output != output) or not np.any(np.isfinite(output)):
+            raise ValueError(
+                "the model's outputs for example_input are NaN or all infinite, which no file can "
+                "be compared with: give real inputs, and check the weights"
+            )
 
 
 def _as_function_of_paths(model: Any, params: PyTree) -> Forward:

@@ -56,7 +56,14 @@ import safetensors
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.deploy.files import replacing
-from cbp_jax.deploy.packing import Packed, PackedError, PackedTensor
+from cbp_jax.deploy.packed import (
+    Packed,
+    PackedError,
+    PackedTensor,
+    check_equal,
+    check_packed,
+    check_tensor,
+)
 
 _FORMAT, _VERSION = "cbp_jax packed weights", "1"
 _LONGEST_HEADER = 100_000_000  # the limit of safetensors
@@ -79,8 +86,9 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
 
     Raises:
       ValueError: if safetensors does not support the dtype of an array, two tensors would have the
-        same name in the file, or a path has more than 100 keys.
-      TypeError: if `packed` is not a `Packed`.
+        same name in the file, a path has more than 100 keys, or (`PackedError`) parts of a packed
+        tensor do not fit each other.
+      TypeError: if `packed` is not a `Packed`, or one that holds something else.
       OSError: if the file cannot be written, as into a folder that does not exist or a full disk.
 
     Example:
@@ -93,8 +101,7 @@ def save_packed(path: str | os.PathLike[str], packed: Packed) -> None:
       ...     cbp_jax.load_packed(path) == packed
       True
     """
-    if not isinstance(packed, Packed):
-        raise TypeError(f"save_packed takes the result of pack, got {type(packed).__name__}")
+    check_packed(packed, "save_packed")
     arrays: dict[str, np.ndarray] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, tensor in packed.tensors.items():
@@ -226,29 +233,19 @@ def _read_tensor(file: Any, name: str, entry: Mapping[str, Any]) -> Any:
         raise ValueError(f"{shape} is no shape of an empty tensor")
     if "constraint" not in entry:
         array = file.get_tensor(name)
-        _check_equal("shape", array.shape, shape)
-        _check_equal("dtype", array.dtype, dtype)
-        _check_equal("check sum", _hex_crc(_crc(array)), entry["crc32"])
+        check_equal("shape", array.shape, shape)
+        check_equal("dtype", array.dtype, dtype)
+        check_equal("check sum", _hex_crc(_crc(array)), entry["crc32"])
         return array
     constraint = Constraint(entry["constraint"], tuple(entry["levels"]))
     codes, scale = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale")
     tensor = PackedTensor(codes, scale, constraint, shape, dtype.name)
-    _check_equal("bits", entry["bits"], constraint.bits)
-    nbytes = (math.prod(shape) * constraint.bits + 7) // 8
-    _check_equal("number of bytes", (codes.shape, codes.dtype), ((nbytes,), np.dtype("uint8")))
-    _check_equal("dtype of the scale", scale.dtype, jnp.promote_types(dtype, jnp.float32))
-    _check_equal("scale_axis", _scale_axis(scale), entry["scale_axis"])
-    if scale.ndim:
-        _check_equal("number of axes of the scale", scale.ndim, len(shape))
-        _check_equal("shape of the scale", np.broadcast_shapes(scale.shape, shape), shape)
-    _check_equal("check sum", _hex_crc(_crc(codes, scale)), entry["crc32"])
+    check_equal("bits", entry["bits"], constraint.bits)
+    check_tensor(tensor)
+    check_equal("scale_axis", _scale_axis(scale), entry["scale_axis"])
+    check_equal("check sum", _hex_crc(_crc(codes, scale)), entry["crc32"])
     _check_codes(codes, constraint, tensor.size)
     return tensor
-
-
-def _check_equal(what: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise ValueError(f"{what} is {found}, and {expected} was expected")
 
 
 def _check_codes(codes: np.ndarray, constraint: Constraint, size: int) -> None:

@@ -5,138 +5,24 @@ The code of a weight is the index of its level, from 0 for the lowest, in
 describes the layout of codes in bytes, `packed_file.py` that of the file.
 """
 
-import dataclasses
 import functools
 import itertools
-import json
-import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import export
 from jax.typing import DTypeLike
 
+from cbp_jax.arguments import floating_dtype, is_array, is_numeric, shown
 from cbp_jax.constraints import Constraint
 from cbp_jax.deploy.bits import pack_bits, unpack_bits
+from cbp_jax.deploy.packed import Packed, PackedError, PackedTensor, Rounding, check_packed
 from cbp_jax.masking import Path, PyTree, flatten_with_paths, path_string
-from cbp_jax.metrics import ON_LEVEL, aligned
+from cbp_jax.metrics import ON_LEVEL
 from cbp_jax.state import ConstrainedLeaf, constrained_leaves
-
-
-class PackedError(ValueError):
-    """Packed weights that are damaged, incomplete, or do not fit; the message names the tensor."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class PackedTensor:
-    """A packed constrained tensor; a pytree whose leaves are the codes and the scale."""
-
-    codes: Any  # shape=(ceil(size * bits / 8),), dtype=uint8
-    # shape=(), or like the weights with 1 along the axes that share a scale; float32, or float64 if
-    # the weights are
-    scale: Any
-    constraint: Constraint = dataclasses.field(metadata={"static": True})
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: str = dataclasses.field(metadata={"static": True})  # of the weights
-
-    @property
-    def size(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of codes and scales."""
-        return int(self.codes.nbytes + self.scale.nbytes)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PackedTensor):
-            return NotImplemented
-        return (
-            self.constraint == other.constraint
-            and (self.shape, self.dtype) == (other.shape, other.dtype)
-            and _equal_bits(self.codes, other.codes)
-            and _equal_bits(self.scale, other.scale)
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # it holds arrays
-
-
-class Rounding(NamedTuple):
-    """How far packing moved the weights of a layer."""
-
-    layer: str
-    moved: int  # weights that were off their level by more than 1% of the scale
-    furthest: float  # over all weights, in units of the scale; infinite where the scale is 0
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
-class Packed:
-    """A network's tensors by name, the constrained ones packed; prints as a table.
-
-    It is a pytree, so jitted and exported functions may take it as an argument. Names are paths
-    joined by "/". In a key "~" is written "~0" and "/" is written "~1" (as in JSON pointers); an
-    empty key is "~2", and a tree that is a single leaf has the name "".
-    """
-
-    tensors: dict[str, Any]  # PackedTensor or array
-    # One per constrained layer; not saved, compared or kept by tree transformations.
-    rounding: tuple[Rounding, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors, without a file's header."""
-        return sum(int(tensor.nbytes) for tensor in self.tensors.values())
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Packed):
-            return NotImplemented
-        if set(self.tensors) != set(other.tensors):
-            return False
-        pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
-        return all(
-            a == b
-            if isinstance(a, PackedTensor) or isinstance(b, PackedTensor)
-            else _equal_bits(a, b)
-            for a, b in pairs
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def tree_flatten_with_keys(
-        self,
-    ) -> tuple[tuple[tuple[jax.tree_util.DictKey, Any], ...], tuple[str, ...]]:
-        names = tuple(sorted(self.tensors))
-        return tuple((jax.tree_util.DictKey(name), self.tensors[name]) for name in names), names
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], tensors: Iterable[Any]) -> "Packed":
-        return cls(dict(zip(names, tensors, strict=True)))
-
-    def __str__(self) -> str:
-        rows = [("tensor", "constraint", "weights", "bits", "bytes", "moved", "furthest / scale")]
-        rounding = {entry.layer: entry for entry in self.rounding}
-        others = []
-        for name, tensor in self.tensors.items():
-            if not isinstance(tensor, PackedTensor):
-                others.append(tensor)
-                continue
-            rule, size, nbytes = tensor.constraint, f"{tensor.size:,}", f"{tensor.nbytes:,}"
-            moved, furthest = "", ""
-            if name in rounding:
-                moved, furthest = f"{rounding[name].moved:,}", f"{rounding[name].furthest:.2g}"
-            rows.append((name, rule.name, size, str(rule.bits), nbytes, moved, furthest))
-        if others:
-            size = f"{sum(int(tensor.size) for tensor in others):,}"
-            nbytes = f"{sum(int(tensor.nbytes) for tensor in others):,}"
-            rows.append((f"{len(others)} others", "none", size, "", nbytes, "", ""))
-        return "\n".join(aligned(rows if rounding else [row[:5] for row in rows]))
 
 
 def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> Packed:
@@ -162,8 +48,8 @@ def pack(params: PyTree, opt_state: optax.OptState, *, round: bool = False) -> P
       ValueError: as `quantize` does; if, without `round`, weights are off their levels by more than
         1% of the scale, naming the layers and by how much; if constrained weights are NaN or scales
         are not finite; if two paths have the same name; if an array is spread over several hosts.
-      TypeError: if a leaf has a shape and a dtype but no values to store: a random key, or a
-        `jax.ShapeDtypeStruct`.
+      TypeError: as `quantize` does; or if a leaf has a shape and a dtype but no values to store: a
+        random key, or a `jax.ShapeDtypeStruct`.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -219,10 +105,11 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
       A tree of the template's structure.
 
     Raises:
-      PackedError: if a tensor is missing from either side or has another shape; if it has 64 bits
-        and JAX does not have x64 enabled; or if, without a template, names such as "a" and "a/b"
-        cannot be in one tree. The error names the tensor.
-      TypeError: if `packed` is not a `Packed`, or `dtype` is not floating.
+      PackedError: if a tensor is missing from either side or has another shape; if its parts do not
+        fit each other; if it has 64 bits and JAX does not have x64 enabled; or if, without a
+        template, names such as "a" and "a/b" cannot be in one tree. The error names the tensor.
+      TypeError: if `packed` is not a `Packed`, or one that holds something else; or if `dtype` is
+        not floating.
 
     Example:
       >>> import jax.numpy as jnp, cbp_jax
@@ -231,13 +118,13 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
       >>> print(cbp_jax.unpack(packed)["kernel"])
       [[-0.5  0.5  0.5]]
     """
-    if not isinstance(packed, Packed):
-        raise TypeError(f"unpack takes the result of pack, got {type(packed).__name__}")
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating, got {dtype!r}")
+    check_packed(packed, "unpack")
+    wanted = floating_dtype(dtype)
+    if dtype is not None and wanted is None:
+        raise TypeError(f"dtype must be floating, got {shown(dtype)}")
     if template is None:
         return _nested(
-            {name: _unpack_tensor(name, tensor, dtype) for name, tensor in packed.tensors.items()}
+            {name: _unpack_tensor(name, tensor, wanted) for name, tensor in packed.tensors.items()}
         )
     pairs = [(tensor_name(path), leaf) for path, leaf in flatten_with_paths(template)]
     leaves = {name: leaf for name, leaf in pairs if is_array_like(leaf)}
@@ -259,7 +146,7 @@ def unpack(packed: Packed, template: PyTree = None, *, dtype: DTypeLike | None =
                 f"{jnp.shape(leaves[name])}"
             )
     restored = [
-        _unpack_tensor(name, packed.tensors[name], dtype) if name in leaves else leaf
+        _unpack_tensor(name, packed.tensors[name], wanted) if name in leaves else leaf
         for name, leaf in pairs
     ]
     return jax.tree.unflatten(jax.tree.structure(template), restored)
@@ -296,11 +183,6 @@ def _first_names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, itertools.islice(names, 5))) or "none"
 
 
-def _equal_bits(a: Any, b: Any) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
 def is_array_like(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype, unlike the functions and settings of a module."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
@@ -308,10 +190,12 @@ def is_array_like(leaf: Any) -> bool:
 
 def _check_packable(path: Path, leaf: Any) -> None:
     start = f"{path_string(path)!r} cannot be packed: it is"
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+    if not is_array(leaf):
         raise TypeError(f"{start} {type(leaf).__name__}, and only arrays can be")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(f"{start} a random key; leave it out, as nnx.state(model, nnx.Param) does")
+    if not is_numeric(leaf.dtype):
+        raise TypeError(f"{start} of dtype {leaf.dtype}, not of numbers")
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise ValueError(
             f"{start} spread over several hosts: gather the parameters and the state first, with "
@@ -328,7 +212,7 @@ def _pack_leaf(leaf: ConstrainedLeaf) -> tuple[PackedTensor, Rounding]:
         )
     packed = PackedTensor(
         np.asarray(codes),
-        np.asarray(leaf.scale),
+        np.asarray(leaf.scale, jnp.promote_types(leaf.weight.dtype, jnp.float32)),
         leaf.constraint,
         tuple(leaf.weight.shape),
         jnp.dtype(leaf.weight.dtype).name,
@@ -351,7 +235,7 @@ def _encode_weights(
     return codes, jnp.sum(relative > ON_LEVEL), jnp.max(relative, initial=0), finite
 
 
-def _unpack_tensor(name: str, tensor: Any, dtype: DTypeLike | None) -> jax.Array:
+def _unpack_tensor(name: str, tensor: Any, dtype: np.dtype | None) -> jax.Array:
     own = jnp.dtype(tensor.dtype)
     if not isinstance(tensor, PackedTensor):
         _check_dtype_enabled(name, own)
@@ -383,31 +267,3 @@ def _decode_weights(tensor: PackedTensor, dtype: jnp.dtype) -> jax.Array:
         value = jnp.asarray(levels, compute)[index]
     weights = jnp.broadcast_to(value, tensor.shape) * jnp.asarray(tensor.scale, compute)
     return weights.astype(own).astype(dtype)
-
-
-def _register_for_export() -> None:
-    """Lets exported functions take a `Packed`: its static parts are stored with them as JSON."""
-
-    def constraint_to_json(aux: Any) -> bytes:
-        constraint, shape, dtype = aux
-        return json.dumps([constraint.name, constraint.levels, shape, dtype]).encode()
-
-    def constraint_from_json(data: bytes) -> Any:
-        name, levels, shape, dtype = json.loads(data)
-        return Constraint(name, tuple(levels)), tuple(shape), dtype
-
-    export.register_pytree_node_serialization(
-        PackedTensor,
-        serialized_name="cbp_jax.PackedTensor",
-        serialize_auxdata=constraint_to_json,
-        deserialize_auxdata=constraint_from_json,
-    )
-    export.register_pytree_node_serialization(
-        Packed,
-        serialized_name="cbp_jax.Packed",
-        serialize_auxdata=lambda names: json.dumps(names).encode(),
-        deserialize_auxdata=lambda data: tuple(json.loads(data)),
-    )
-
-
-_register_for_export()

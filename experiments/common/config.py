@@ -103,6 +103,11 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.checkpoint_epochs = 1  # epochs between two checkpoints
     config.checkpoint_steps = 0  # steps between further checkpoints within an epoch; 0: none
     config.keep_checkpoints = 3
+    # Beside the newest, the checkpoint of the highest top-1 accuracy (of text: the lowest loss), in
+    # WORKDIR/best. Where multipliers bring weights to their levels, among epochs whose CFS / scale
+    # is best_cfs or less.
+    config.keep_best = True
+    config.best_cfs = 0.01
     config.figures = True  # of the run: its training, and histograms of each layer's weights
     config.keep_weights = False  # of each layer, after each epoch, as weights_stepN.npz
     config.preflight = True  # check data, weights and memory before the first step
@@ -130,4 +135,5 @@ def small_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.dtype = "float32"
     config.checkpoint_epochs = 20
     config.keep_checkpoints = 1
+    config.keep_best = False  # saving takes as long as a few epochs
     return config

@@ -92,19 +92,24 @@ def _launch(
         ) as error:
             sys.exit(f"error: {error}")
 
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _end)
+    end_on_interrupt("interrupted; rerun the same command to resume")
     app.run(main)
 
 
-def _end(number: int, frame: Any) -> None:
-    """Ends the process at once, which loses nothing: a run's loop has a handler that saves.
+def end_on_interrupt(line: str) -> None:
+    """Makes Ctrl-C print a line and end the process at once, with status 130.
 
-    Not by KeyboardInterrupt, which extension modules swallow while they are imported.
+    Nothing is lost: a run's loop has a handler that saves. Not by KeyboardInterrupt, which
+    extension modules swallow while they are imported.
     """
-    del number, frame
-    os.write(2, b"\ninterrupted; rerun the same command to resume\n")
-    os._exit(INTERRUPTED)
+
+    def end(number: int, frame: Any) -> None:
+        del number, frame
+        os.write(2, f"\n{line}\n".encode())
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
 
 
 def _find_hosts(config: ml_collections.ConfigDict) -> None:

@@ -90,6 +90,9 @@ def test_a_settled_config_is_frozen_and_the_callers_unchanged():
         ({"validation_images": -1}, "validation_images=-1 must be from 0"),
         ({"reestimate_batches": -1}, "reestimate_batches=-1 must be from 0"),
         ({"epochs": 0}, "epochs=0 must be positive"),
+        ({"dtype": "int32"}, "dtype='int32' is none of float32, bfloat16, float16"),
+        ({"multiplier_dtype": "float16"}, "multiplier_dtype='float16' is none of float32, bf"),
+        ({"best_cfs": -0.1}, "best_cfs=-0.1 must be from 0"),
         ({"optimizer": "lion"}, "optimizer='lion' is none of sgd, adamw"),
         ({"schedule": "step"}, "schedule='step' is none of '', constant, cosine, linear"),
         ({"distillation": 1.5}, "distillation=1.5 must be from 0 to 1"),
@@ -162,6 +165,12 @@ def test_what_may_change_on_resume():
     saved = json.loads(config.to_json_best_effort())
     assert check_resumable(saved, config) == ""
     assert check_resumable(saved, settle(digits_config(epochs=9))) == "epochs 3 -> 9"
+    other = {"workers": 1, "fsdp": 2, "num_processes": 2, "keep_best": False, "learning_rate": 0.1}
+    assert check_resumable(saved, settle(digits_config(**other))).count("->") == len(other)
+    for fixed in ({"batch_size": 64}, {"multiplier_dtype": "bfloat16"}, {"best_cfs": 0.5}):
+        ((name, value),) = fixed.items()
+        with pytest.raises(ValueError, match=rf"\n  {name} +\S+ +{value} +no\n"):
+            check_resumable(saved, settle(digits_config(**fixed)))
     message = (
         r"(?s)field +saved +asked +may change\n"
         r" +constraint +ternary +binary +no\n +epochs +3 +9 +yes\n +seed +0 +5 +no\nuse the saved"
@@ -196,6 +205,7 @@ def test_what_a_finished_run_depends_on():
     def counts(**changes):
         return differences_that_count(saved, settle(digits_config(**{"method": "ste", **changes})))
 
+    assert counts(keep_best=False) == {}
     assert counts(closes_at=0.5, anneal_end=0.7, patience=9, workers=0, data_dir="elsewhere") == {}
     assert set(counts(learning_rate=0.5, patience=9)) == {"learning_rate"}
     assert set(counts(method="closing", closes_at=0.5)) == {"method", "closes_at"}
@@ -208,9 +218,9 @@ def test_what_a_finished_run_depends_on():
 
 @pytest.mark.parametrize(
     "field",
-    [{"keep_checkpoints": 0}, {"steps_per_epoch": -1}, {"checkpoint_steps": -2},
-     {"multiplier_learning_rate": -1.0}, {"window_factor": 0.5}, {"window_factor": -2.0},
-     {"window_factor": float("nan")}],
+    [{"keep_checkpoints": 0}, {"keep_checkpoints": -1}, {"steps_per_epoch": -1},
+     {"checkpoint_steps": -2}, {"multiplier_learning_rate": -1.0}, {"window_factor": 0.5},
+     {"window_factor": -2.0}, {"window_factor": float("nan")}],
 )  # fmt: skip
 def test_numbers_that_make_no_sense(field):
     with pytest.raises(ConfigError, match=f"--config.{next(iter(field))}="):

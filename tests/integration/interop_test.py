@@ -221,10 +221,10 @@ def test_cbp_sgd(kind):
 
 @functools.cache
 def run_recipe(kind):
-    # The steps multiply by -0.1 themselves.
-    optimizer = cbp_jax.cbp_sgd(
-        -10.0, **ARGUMENTS, scale_axis=-1, weight_bound=0.5, lr_decay=0.2, lr_decay_window=2
+    recipe = cbp_jax.cbp_sgd(
+        10.0, **ARGUMENTS, scale_axis=-1, weight_bound=0.5, lr_decay=0.2, lr_decay_window=2
     )
+    optimizer = optax.chain(recipe, optax.scale(-1.0))  # the steps multiply by -0.1 themselves
     params, state = train(optimizer, network(kind))
     return by_shape(params), by_shape(cbp_jax.quantize(params, state))
 

@@ -8,11 +8,11 @@ from pages import ROOT
 COMMON = ("config", "input", "models", "report", "training", "study", "comparison", "launch")
 LIBRARY = (
     "arguments", "step_function", "constraints", "level_sets", "masking", "rules", "scales",
-    "state", "straight_through", "lagrangian", "transform", "course", "recipe", "metrics",
-    "description", "deploy",
+    "state", "updates", "straight_through", "lagrangian", "transform", "course", "recipe",
+    "metrics", "description", "deploy",
 )  # fmt: skip
 DEPLOY = (
-    "bits", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",
+    "bits", "packed", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",
     "onnx_export",
 )  # fmt: skip
 

@@ -63,6 +63,8 @@ def digits_config(**changes):
             "checkpoint_epochs": 1,
             "checkpoint_steps": 2,
             "keep_checkpoints": 10,
+            "keep_best": True,
+            "best_cfs": 10.0,  # which counts every epoch
             "preflight": False,
             **changes,
         }

@@ -17,11 +17,12 @@ def read_state(workdir):
 
 
 def assert_same_run(workdir, other):
-    """States bit for bit, multipliers, keys and counters included, and all that is logged."""
-    arrays, others = read_state(workdir), read_state(other)
-    assert arrays[".step"] == STEPS_PER_EPOCH * EPOCHS
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(array, others[name], err_msg=name)
+    """States bit for bit, the best one too, with multipliers, keys and counters; all logs."""
+    for folder in ("", "best"):
+        arrays, others = read_state(workdir / folder), read_state(other / folder)
+        assert folder or arrays[".step"] == STEPS_PER_EPOCH * EPOCHS
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, others[name], err_msg=f"{folder} {name}")
     rows, other_rows = (
         [{**row, "images_per_second": None} for row in read_metrics(folder)]
         for folder in (workdir, other)

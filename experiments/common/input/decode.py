@@ -4,6 +4,9 @@
 decodes, at a reduced size if the crop is to be shrunk by two or more. Pillow reads what simplejpeg
 cannot, and resizes for evaluation, so that those pixels are torchvision's. OpenCV, which is faster,
 resizes for training.
+
+What a stranger's file can cost is bounded by `MAX_PIXELS`, of the image and of the resized one, and
+by `MAX_SCANNED`. What exceeds a bound is unreadable.
 """
 
 import contextlib
@@ -17,6 +20,10 @@ import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 178_956_970  # Pillow's limit: a larger image is an attack or damaged
+MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG usually has ten of these
+
+_FORMATS = ("JPEG", "PNG")  # of all others, Pillow runs Ghostscript for one
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"  # how a file begins, and each scan in it
 
 _AREA = (0.08, 1.0)  # of a random crop, as a share of the image's
 _RATIO = (3 / 4, 4 / 3)  # of a random crop, width over height
@@ -70,16 +77,17 @@ def decode_eval(data: bytes, resize: int = 256, size: int = 224) -> np.ndarray:
       RGB, shape=(size, size, 3), dtype=uint8.
 
     Raises:
-      UnreadableImageError: if the data are truncated, damaged or not an image.
+      UnreadableImageError: if the data are truncated, damaged or not an image, or if the resized
+        image would have more than `MAX_PIXELS`, as that of a strip of 3000 x 1 pixels has.
       ValueError: if the square is larger than the resized image.
     """
     if size > resize:
         raise ValueError(f"cannot cut {size} pixels out of {resize}")
-    _image_shape(data)
-    pixels = decode_rgb(data)
-    height, width = pixels.shape[:2]
+    height, width = _image_shape(data)
     short = min(height, width)
     new_height, new_width = resize * height // short, resize * width // short
+    _check_pixels(new_height, new_width, f"{width} x {height}, resized to ")
+    pixels = decode_rgb(data)
     resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
@@ -112,6 +120,8 @@ def random_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int,
 def decode_rgb(data: bytes, shrink: float = 1) -> np.ndarray:
     """Decodes a JPEG or PNG file; converts any colour mode to RGB, ignores EXIF orientation.
 
+    Of 16 bits per channel the upper eight are kept, in grey as Pillow does it in colour.
+
     Args:
       data: the file.
       shrink: a JPEG may be decoded at a half, a quarter or an eighth of its size if that is at
@@ -132,6 +142,9 @@ def decode_rgb(data: bytes, shrink: float = 1) -> np.ndarray:
         )
     except ValueError:  # not a JPEG, or one with a flaw that Pillow may tolerate
         with _open(data) as image:
+            if image.mode.startswith("I"):  # grey of 16 bits, which convert("RGB") saturates
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., np.newaxis], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
 
 
@@ -142,16 +155,25 @@ def _image_shape(data: bytes) -> tuple[int, int]:
     except ValueError:
         with _open(data) as image:
             width, height = image.size
-    if height * width > MAX_PIXELS:
-        raise UnreadableImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    _check_pixels(height, width)
+    scans = data.count(_SCAN) if data.startswith(_JPEG) else 1
+    if scans * height * width > MAX_SCANNED:
+        raise UnreadableImageError(f"{scans} scans of {width} x {height} pixels are too many")
     return height, width
+
+
+def _check_pixels(height: int, width: int, which: str = "") -> None:
+    if not 0 < height * width <= MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{which}{width} x {height} pixels are not between 1 and {MAX_PIXELS}"
+        )
 
 
 @contextlib.contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
     """Opens the image in Pillow, and turns every error into `UnreadableImageError`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableImageError(str(error)) from error

@@ -1,6 +1,7 @@
 """Data sets that fit into memory, and the order in which training sees them."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -80,11 +81,17 @@ def in_memory_loader(
 ) -> Loader:
     """Makes a data set's `Loader`: `config.seed` orders training; hosts share out each batch.
 
+    Warns:
+      UserWarning: if there are classes without images to train on.
+
     Raises:
-      ConfigError: if `config.validation_images` leaves no image to train on, or a label is not
-        below `config.num_classes`.
+      ConfigError: if `config.validation_images` leaves no image to train on, or a label is negative
+        or not below `config.num_classes`.
     """
-    highest = max(int(np.max(labels)) for labels in (dataset.train_labels, dataset.test_labels))
+    every = np.concatenate([dataset.train_labels, dataset.test_labels])
+    lowest, highest = int(every.min()), int(every.max())
+    if lowest < 0:
+        raise ConfigError(f"the labels of {config.data} begin at {lowest}: give labels from 0")
     if highest >= config.num_classes:
         raise ConfigError(
             f"--config.num_classes={config.num_classes}, but the labels of {config.data} go up to "
@@ -112,6 +119,12 @@ def in_memory_loader(
         kept, held = hold_out(labels, config.validation_images)
         evaluate, test = evaluation(images[held], labels[held]), evaluate
         images, labels, eval_images = images[kept], labels[kept], len(held)
+    if absent := sorted(set(range(config.num_classes)) - set(labels.tolist())):
+        warnings.warn(
+            f"no images to train on of {len(absent)} classes of {config.data}, such as "
+            f"{absent[0]}: is --config.num_classes={config.num_classes} right?",
+            stacklevel=2,
+        )
 
     def train(start: int) -> Iterator[HostBatch]:
         order = shuffled_batches(len(labels), config.batch_size, config.seed)

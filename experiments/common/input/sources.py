@@ -168,7 +168,8 @@ class FolderSource:
 def _subfolders(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
+            # isdir, because is_dir raises an error for a link to itself.
+            names = sorted(entry.name for entry in entries if os.path.isdir(entry))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"no folder {folder}; {_LAYOUT}") from error
     if not names:
@@ -182,11 +183,16 @@ def _image_files(folder: str, name: str) -> list[bytes]:
     if not os.path.isdir(path):
         return []
     with os.scandir(path) as entries:
-        return sorted(
-            os.fsencode(entry.name)
-            for entry in entries
-            if entry.name.lower().endswith(_SUFFIXES) and entry.is_file()
-        )
+        return sorted(os.fsencode(entry.name) for entry in entries if _is_image(entry))
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    if not entry.name.lower().endswith(_SUFFIXES):
+        return False
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself, say: listed, so that it is counted as unreadable
+        return True
 
 
 def _few(names: Sequence[str]) -> str:

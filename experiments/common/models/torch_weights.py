@@ -5,7 +5,7 @@ can run code: prefer `.safetensors`. Pickles are read by torch's restricted unpi
 (`weights_only=True`), which accepts only tensors and plain containers. Nothing else needs torch.
 """
 
-import importlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.models import GoogLeNet, Network, split_model
+from common.models.weight_files import FLOATS, StoredArray, open_weights
 
 PyTree = Any
 
@@ -54,7 +55,8 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
       FileNotFoundError: if there is no such file.
       ImportError: if the package that reads it is not installed.
       ValueError: if it is not a checkpoint, or not of this network; lists every name that is
-        missing, unexpected, of another shape, not floating or not finite.
+        missing, unexpected, of another shape or dtype, or not finite. Shapes are compared before
+        an array is read; dtypes are float32, float64, float16 and bfloat16, of dense tensors.
     """
     path = Path(path)
     trees = split_model(model)[1:]
@@ -62,16 +64,21 @@ def load_torch(path: str | os.PathLike[str], model: Network) -> tuple[PyTree, Py
         torch_name(p): _torch_shape(leaf.shape) for tree in trees for p, leaf in _leaves(tree)
     }
     found = {
-        name: value
-        for name, value in _renamed(_read(path), shapes).items()
-        if not _is_ignored(name, value, shapes, model)
+        name: stored
+        for name, stored in _renamed(_unwrapped(open_weights(path)), shapes).items()
+        if not _is_ignored(name, stored, shapes, model)
     }
-    if problems := "\n  ".join(_problems(found, shapes)):
+    values = {
+        name: found[name].read()
+        for name, shape in shapes.items()
+        if name in found and found[name].shape == shape and found[name].dtype in FLOATS
+    }
+    if problems := "\n  ".join(_problems(found, shapes, values)):
         raise ValueError(f"{path} does not fit this {type(model).__name__}:\n  {problems}")
 
     def convert(keys: Any, leaf: Any) -> jax.Array:
         path = _path(keys)
-        array = _from_torch(found[torch_name(path)], leaf.shape, model.flattened.get(path))
+        array = _from_torch(values[torch_name(path)], leaf.shape, model.flattened.get(path))
         return jnp.array(array)  # in training mode Flax would write into numpy's
 
     params, batch_stats = (jax.tree_util.tree_map_with_path(convert, tree) for tree in trees)
@@ -126,103 +133,52 @@ def _to_torch(value: np.ndarray, image: tuple[int, int, int] | None) -> np.ndarr
     return np.array(value.reshape(shape), order="C")
 
 
+def _unwrapped(arrays: dict[str, StoredArray]) -> dict[str, StoredArray]:
+    """Takes the prefix of DistributedDataParallel off all names, if all have it."""
+    if all(name.startswith("module.") for name in arrays):
+        return {name.removeprefix("module."): stored for name, stored in arrays.items()}
+    return arrays
+
+
 def _renamed(
-    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
+    arrays: Mapping[str, StoredArray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredArray]:
     """Gives arrays our names where a network has one by such a name and the file has none."""
 
     def own(name: str) -> str:
         other = _OTHER_NAMES.get(name, name)
         return other if other in shapes and other not in arrays else name
 
-    return {own(name): value for name, value in arrays.items()}
+    return {own(name): stored for name, stored in arrays.items()}
 
 
 def _is_ignored(
-    name: str, value: np.ndarray, shapes: Mapping[str, tuple[int, ...]], model: Network
+    name: str, stored: StoredArray, shapes: Mapping[str, tuple[int, ...]], model: Network
 ) -> bool:
     prefix, _, last = name.rpartition(".")
     headless = isinstance(model, GoogLeNet) and not model.auxiliary_heads
     return (
         last == "num_batches_tracked"
-        or (last == "scale" and value.size == 1 and f"{prefix}.weight" in shapes)
+        or (last == "scale" and math.prod(stored.shape) == 1 and f"{prefix}.weight" in shapes)
         or (headless and name.startswith(("aux1.", "aux2.")))
     )
 
 
 def _problems(
-    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, StoredArray],
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, np.ndarray],
 ) -> Iterator[str]:
     """Describes why a state dict does not fit, one line per name."""
     for name, shape in shapes.items():
-        value = found.get(name)
-        if value is None:
+        stored = found.get(name)
+        if stored is None:
             yield f"missing: {name}, shape {shape}"
-        elif value.shape != shape:
-            yield f"other shape: {name}, found {value.shape}, expected {shape}"
-        elif value.dtype != np.float32:
-            yield f"not floating: {name}, found {value.dtype}"
-        elif not np.isfinite(value).all():
-            yield f"not finite: {name}, {np.sum(~np.isfinite(value))} of {value.size} values"
+        elif stored.shape != shape:
+            yield f"other shape: {name}, found {stored.shape}, expected {shape}"
+        elif name not in values:
+            yield f"other dtype: {name}, found {stored.dtype}, expected one of {', '.join(FLOATS)}"
+        elif unfit := int(np.sum(~np.isfinite(values[name]))):
+            yield f"not finite: {name}, {unfit} of {values[name].size} values"
     for name in sorted(found.keys() - shapes.keys()):
         yield f"unexpected: {name}, shape {found[name].shape}"
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Reads a file's arrays by name, floating ones as float32."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weight file at {path}: download one, for instance from "
-            "https://docs.pytorch.org/vision/stable/models.html, and give its path"
-        )
-    arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    if all(name.startswith("module.") for name in arrays):
-        arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
-    return arrays
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    safetensors = _import("safetensors.numpy", path)
-    try:
-        arrays = safetensors.load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    for name, value in arrays.items():
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            arrays[name] = value.astype(np.float32, copy=False)
-    return arrays
-
-
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    torch = _import("torch", path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise anything
-        raise ValueError(
-            f"{path} is not a PyTorch checkpoint, or is damaged, or holds more than tensors in "
-            "plain containers: then save `model.state_dict()` instead"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dict but a {type(content).__name__}")
-    wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
-    content = next(wrapped, content)
-    others = [
-        str(name)
-        for name, value in content.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor))
-    ]
-    if others:
-        raise ValueError(f"{path} holds no state dict: these are not tensors: {', '.join(others)}")
-    tensors = {name: value.detach() for name, value in content.items()}
-    return {
-        name: (value.float() if value.is_floating_point() else value).numpy()
-        for name, value in tensors.items()
-    }
-
-
-def _import(module: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f"reading {path.name} needs {package}: pip install {package}") from error

@@ -1,5 +1,6 @@
 """The figures of a run, as PNG and as PDF."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,16 @@ def plot_weights(
     Args:
       path: of the PNG; the PDF goes beside it.
       title: of the figure.
-      snapshots: weights by moment, "before" among them.
+      snapshots: weights by moment; the first ones set the range.
       levels: of the constraint.
     """
     count = len(snapshots)
     size: dict[str, Any] = {"figsize": (2.4 * count, 2.4), "layout": "constrained"}
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, count, sharex=True, sharey=True, squeeze=False, **size)
-        reach = 1.15 * max(*map(abs, levels), np.quantile(np.abs(snapshots["before"]), 0.999))
+        reach = 1.15 * max(
+            *map(abs, levels), np.quantile(np.abs(next(iter(snapshots.values()))), 0.999)
+        )
         bins = np.linspace(-reach, reach, 82)  # 0 is in the middle of a bin
         for panel, (moment, weights) in zip(panels[0], snapshots.items(), strict=True):
             for level in levels:
@@ -201,12 +204,16 @@ def draw_run(
     runs = {summary.method: read_metrics(folder.path)}
     path = folder.path / "figures"
     plot_training(path / "training.png", title, runs, summary.full_precision_top1)
-    moments = {"before": folder.load_weights("before")}
-    if midway:
-        moments[f"midway: {midway}"] = folder.load_weights("midway")
+    moments = {}
+    for moment, shown in {"before": "before", "midway": midway and f"midway: {midway}"}.items():
+        try:
+            if shown:
+                moments[shown] = folder.load_weights(moment)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"the histograms lack the weights {moment}: {error}", stacklevel=2)
     moments["after"] = dict(after)
     levels = cbp_jax.get_constraint(summary.constraint).levels
     for layer in after:
-        snapshots = {moment: weights[layer] for moment, weights in moments.items()}
+        snapshots = {shown: kept[layer] for shown, kept in moments.items() if layer in kept}
         name = f"weights_{layer.replace('/', '_')}.png"
         plot_weights(path / name, f"{title}: {layer}", snapshots, levels)

@@ -6,9 +6,12 @@ import json
 import math
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import jax
 import ml_collections
@@ -50,7 +53,7 @@ class Summary:
     bits_per_weight: int
     bytes_packed: int  # codes, scales and the other parameters
     bytes_float32: int
-    seconds: float
+    seconds: float  # of all its processes, but for what kills lost: steps that were taken again
     bytes_file: int | None = None  # of the packed file, with batch statistics and its header
     file_top1: float | None = None  # of the weights read back from it
     eval_loss: float | None = None  # mean cross-entropy in nats; of text, per byte
@@ -59,6 +62,7 @@ class Summary:
     test_loss: float | None = None
     full_precision_test_top1: float | None = None
     multipliers: Mapping[str, float] | None = None  # the mean of each layer, if it has any
+    best: Mapping[str, float] | None = None  # the figures of the checkpoint in `best/`, if any
 
     @property
     def constrained(self) -> bool:
@@ -77,12 +81,27 @@ class Summary:
         if not path.exists():
             raise FileNotFoundError(f"no finished run in {workdir}: there is no summary.json")
         try:
-            return cls(**json.loads(path.read_text()))
+            summary = cls(**json.loads(path.read_text()))
+            for field in dataclasses.fields(cls):
+                value = getattr(summary, field.name)
+                if not _has_type(value, field.type):
+                    raise TypeError(f"{field.name} is {value!r:.100}")
+            return summary
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged, or of another version ({error}): remove it, and rerun the "
                 "command of the run, which measures it again"
             ) from error
+
+
+def _has_type(value: Any, of: Any) -> bool:
+    """Whether a value from JSON has the type of a field; a float may be written as an integer."""
+    if isinstance(of, UnionType):
+        return any(_has_type(value, one) for one in get_args(of))
+    if get_origin(of) is Mapping:
+        number = get_args(of)[1]
+        return isinstance(value, dict) and all(_has_type(v, number) for v in value.values())
+    return type(value) in ((int, float) if of is float else (of,))
 
 
 class Workdir:
@@ -122,14 +141,8 @@ class Workdir:
         self._replace("summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
-        """Writes a file so that a crash leaves the old one or the new one."""
         if self._writes:
-            new = self.path / f"{name}.new"
-            with _named(self.path / name), new.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.path / name)
+            replace_text(self.path / name, text)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds a line, and TensorBoard's scalars; what is not finite becomes null in JSON."""
@@ -160,8 +173,28 @@ class Workdir:
                 np.savez(path, **weights)  # type: ignore[arg-type]
 
     def load_weights(self, moment: str) -> dict[str, np.ndarray]:
-        with np.load(self.path / f"weights_{moment}.npz") as weights:
-            return dict(weights)
+        """Reads what `save_weights` wrote.
+
+        Raises:
+          FileNotFoundError: if the file is missing.
+          ValueError: if it is damaged.
+        """
+        path = self.path / f"weights_{moment}.npz"
+        try:
+            with np.load(path) as weights:
+                return dict(weights)
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a crash leaves the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    with _named(path), new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import itertools
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from jax.experimental import multihost_utils
 from common.config import ConfigError
 
 PyTree = Any
+# How often to list the checkpoints of a run that goes on, and removes them as they are read.
+_LISTINGS = 10
+_DTYPES = " and dtypes "
 
 
 def save(path: Path, tree: PyTree) -> None:
@@ -69,8 +72,14 @@ class Checkpoints:
 
         Does nothing if the step has a checkpoint.
         """
-        if step not in self._manager.all_steps():
+        if step not in self.steps():
             self._manager.save(step, args=_save_args(trees, run))
+
+    def discard(self, steps: Iterable[int]) -> None:
+        """Removes the checkpoints of some steps, once everything is written."""
+        self.wait()
+        for step in steps:
+            self._manager.delete(step)
 
     def restore_newest(
         self, like: Mapping[str, PyTree], put_aside: bool = False
@@ -92,37 +101,50 @@ class Checkpoints:
           AnotherTreeError: if the newest intact checkpoint holds another tree than `like`.
           ValueError: if there are checkpoints, none of which can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        for _ in range(_LISTINGS):
+            steps = self.steps()
+            found = self._restore_newest_of(steps, like, put_aside)
+            if found is not None or not steps:
+                return found
+            self._manager.reload()
+            if self.steps() == steps:
+                break
+        raise ValueError(
+            f"none of the checkpoints in {self.folder} can be read (steps {steps}): give another "
+            "workdir to start afresh"
+        )
+
+    def _restore_newest_of(
+        self, steps: list[int], like: Mapping[str, PyTree], put_aside: bool
+    ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         damaged = []
-        for step in steps:
+        for step in reversed(steps):
             try:
                 read = functools.partial(self._restore_step, step)
                 trees, run = _restore(self.folder / str(step), read, like)
             except AnotherTreeError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise anything
+                if not (self.folder / str(step)).exists():  # its run goes on, and has removed it
+                    continue
                 reason = str(error).strip().split("\n")[0][:200]
                 warnings.warn(
                     f"the checkpoint of step {step} in {self.folder} cannot be read "
                     f"({type(error).__name__}: {reason}): trying the one before",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 damaged.append(step)
             else:
                 if put_aside and damaged:
-                    self._put_aside(damaged)
+                    self.put_aside(damaged)
                 return step, trees, run
-        if steps:
-            raise ValueError(
-                f"none of the checkpoints in {self.folder} can be read (steps {steps}): give "
-                "another workdir to start afresh"
-            )
         return None
 
     def _restore_step(self, step: int, args: ocp.args.Composite) -> Any:
         return self._manager.restore(step, args=args)
 
-    def _put_aside(self, steps: list[int]) -> None:
+    def put_aside(self, steps: Iterable[int]) -> None:
+        """Renames checkpoints to `damaged_<step>`, so that their steps can be saved again."""
         if jax.process_index() == 0:
             for step in steps:
                 later = (f"damaged_{step}_{count}" for count in itertools.count(2))
@@ -136,6 +158,10 @@ class Checkpoints:
     def newest(self) -> int | None:
         """Returns the step of the newest checkpoint, if any."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, the newest last."""
+        return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
         """Waits until everything is written."""
@@ -169,7 +195,8 @@ def _restore(
         about = _unsealed(read(ocp.args.Composite(about=ocp.args.JsonRestore())).about)
         for name, tree in like.items():
             saved, asked = about["trees"].get(name, {}).get("structure"), _structure(tree)
-            if saved != asked:
+            # Checkpoints of earlier versions do not name dtypes.
+            if saved not in (asked, asked.partition(_DTYPES)[0]):
                 difference = _difference(saved or "none", asked)
                 raise AnotherTreeError(f"{path} holds another {name} than asked for:\n{difference}")
         templates = jax.tree.map(_template, dict(like))
@@ -215,8 +242,10 @@ def _all_hosts(succeeded: bool) -> bool:
 
 
 def _structure(tree: PyTree) -> str:
-    """Describes a tree's structure, with its constraints and shapes."""
-    return f"{jax.tree.structure(tree)} of shapes {[leaf.shape for leaf in jax.tree.leaves(tree)]}"
+    """Describes a tree's structure, with its constraints, shapes and dtypes."""
+    leaves = jax.tree.leaves(tree)
+    shapes, dtypes = [leaf.shape for leaf in leaves], [str(leaf.dtype) for leaf in leaves]
+    return f"{jax.tree.structure(tree)} of shapes {shapes}{_DTYPES}{dtypes}"
 
 
 def _difference(saved: str, asked: str) -> str:

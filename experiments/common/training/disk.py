@@ -16,8 +16,7 @@ from common.config import ConfigError
 from common.training.checkpoints import newest_step
 
 PyTree = Any
-# Orbax writes a checkpoint before it removes the oldest.
-_CHECKPOINTS = 2
+_WORDS_OF = {2: "two", 3: "three"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # TensorStore, which writes checkpoints, says so in words alone.
@@ -28,21 +27,26 @@ class DiskError(ConfigError):
     """A file cannot be written: the disk is full, or the folder read-only."""
 
 
-def check_space(folder: Path, state: PyTree) -> None:
-    """Checks that a disk has room for two checkpoints of a state.
+def check_space(folder: Path, state: PyTree, checkpoints: int = 2) -> None:
+    """Checks that a disk has room for checkpoints of a state.
+
+    Args:
+      folder: where they go.
+      state: of the run.
+      checkpoints: how many: Orbax writes one before it removes the oldest; the best is a third.
 
     Raises:
       DiskError: if it has not.
     """
-    needed = _CHECKPOINTS * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    needed = checkpoints * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = _free(folder)
     enough = free >= needed
     if jax.process_count() > 1:  # one host decides, or others would wait for it
         enough = bool(multihost_utils.broadcast_one_to_all(np.array(enough)))
     if not enough:
         raise DiskError(
-            f"two checkpoints need {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
-            f"free where {folder} is"
+            f"{_WORDS_OF[checkpoints]} checkpoints need {needed / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free where {folder} is"
         )
 
 

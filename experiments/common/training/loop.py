@@ -74,6 +74,7 @@ class Meter:
 
     def __init__(self, config: ml_collections.FrozenConfigDict, step: int, total_steps: int):
         self._losses: collections.deque[jax.Array] = collections.deque()
+        self.finite = True  # whether every loss that it waited for was
         self._batch_size, self._with_window = config.batch_size, config.method == "cbp"
         self._restart()
         total, done = total_steps * self._batch_size, step * self._batch_size
@@ -95,7 +96,7 @@ class Meter:
         self._steps += 1
         self._losses.append(loss)
         if len(self._losses) > _STEPS_AHEAD:
-            self._losses.popleft().block_until_ready()
+            self.finite &= math.isfinite(self._losses.popleft())  # which waits for it
             self._bar.update(self._batch_size)
 
     def images_per_second(self) -> float:

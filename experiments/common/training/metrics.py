@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
@@ -51,7 +50,9 @@ def epoch_row(
 
 def deployed_state(state: TrainState, setup: Setup) -> TrainState:
     """Returns the state with the scales of the weights that are deployed."""
-    return state._replace(opt_state=setup.deployed_state_fn(state.params, state.opt_state))
+    # Compiled: outside of it a scale of 0, of a layer that has died, is an error.
+    opt_state = jax.jit(setup.deployed_state_fn)(state.params, state.opt_state)
+    return state._replace(opt_state=opt_state)
 
 
 def _learning_rate(opt_state: optax.OptState) -> float:
@@ -112,9 +113,3 @@ def relative_weights(state: TrainState) -> dict[str, np.ndarray]:
         sampled, out_shardings=sharding if isinstance(sharding, NamedSharding) else None
     )
     return jax.tree.map(np.asarray, whole(state.params, state.opt_state))
-
-
-@jax.jit
-def all_finite(tree: PyTree) -> jax.Array:
-    """Whether every number of a tree is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

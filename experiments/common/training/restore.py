@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from flax import nnx
 
-from common.config import base_config
+from common.config import ConfigError, base_config
 from common.input.batch import Batch, Preprocess
 from common.input.open import open_data
 from common.training.checkpoints import Checkpoints
@@ -24,11 +24,12 @@ class Record(NamedTuple):
 
     images: int  # to train on
     steps_per_epoch: int
-    seconds: float = 0.0  # of all its processes
+    seconds: float = 0.0  # of all its processes, but for what kills lost
     full_precision_top1: float | None = None  # of the weights it started from
     full_precision_test_top1: float | None = None  # likewise, if images were held out
     first_cfs: float | None = None  # CFS / scale after the first epoch
     midway: str | None = None  # the epoch whose weights were kept for the histograms
+    best: Mapping[str, Any] | None = None  # figures of the checkpoint, if it was kept as the best
 
 
 class Run(NamedTuple):
@@ -109,13 +110,27 @@ def read_config(workdir: Path, changes: Mapping[str, Any]) -> ml_collections.Fro
 
     Raises:
       FileNotFoundError: if there is no `config.json`; it names the runs below, if any.
+      ConfigError: if it is damaged.
     """
     saved = saved_config(workdir)
     if not saved or not (workdir / "checkpoints").is_dir():
         below = sorted(str(path.parent.parent) for path in workdir.glob("*/checkpoints/*"))
         hint = f"; name one of its runs: {', '.join(dict.fromkeys(below))}" if below else ""
         raise FileNotFoundError(f"{workdir} is not the workdir of a run{hint}")
-    return evaluation_config({**saved, **{name: value for name, value in changes.items() if value}})
+    fields = {**saved, **{name: value for name, value in changes.items() if value}}
+    usual = base_config("", "")
+    try:
+        for name, value in fields.items():
+            if value is None and usual.get(name) is not None:  # which ConfigDict would take
+                raise TypeError(f"{name} is null")
+        return evaluation_config(fields)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"{workdir / 'config.json'} is damaged, or of another version ({error}): remove it, "
+            "and rerun the command of the run"
+        ) from error
 
 
 def evaluation_config(

@@ -27,11 +27,12 @@ from common.report.workdir import (
 )
 from common.training import disk, lock, mesh
 from common.training.batch_statistics import make_reestimate
+from common.training.best import Best
 from common.training.checkpoints import Checkpoints, newest_step
 from common.training.distillation import distillation
+from common.training.health import check_finite, faults
 from common.training.loop import Meter, Stopped, StopRequest
 from common.training.metrics import (
-    all_finite,
     deployed_state,
     epoch_row,
     evaluated_weights,
@@ -79,7 +80,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Summ
       FileNotFoundError: if the data or the pre-trained weights do not exist.
       DiskError: if the disk is full, or the workdir read-only.
       MemoryError: if a step does not fit the device.
-      FloatingPointError: if the loss or a weight is not finite; the checkpoints stay as they are.
+      FloatingPointError: if the loss, a weight or a multiplier is not finite; the checkpoints stay
+        as they are.
     """
     with disk.explained(workdir), lock.locked(workdir):
         return _train_and_evaluate(config, workdir)
@@ -97,6 +99,7 @@ def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Sum
         log(f"resuming with another config (saved -> asked): {changes}")
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    best = Best(workdir, config, resumes) if config.keep_best else None
     loader = open_data(config)
     setup = make_setup(config, loader, load_weights=not resumes)
     state, shardings = initial_state(setup, config.seed)
@@ -114,11 +117,14 @@ def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Sum
         setup.network.graphdef, setup.deployed_fn, loader.train_preprocess, shardings
     )
 
-    disk.check_space(workdir, state)
+    disk.check_space(workdir, state, 3 if best else 2)
     record = Record(loader.train_images, setup.steps_per_epoch)
     if resumes:
         state, record = _resumed(checkpoints, state, record, setup.total_steps)
-    step = int(state.step)
+        if best:
+            best.restore(state)
+    step = sound = int(state.step)
+    check_finite(state, sound)
     log(
         f"{_title(config)}: {loader.train_images:,} training and {loader.eval_images:,} validation "
         f"images; step {step:,} of {setup.total_steps:,}"
@@ -132,8 +138,18 @@ def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Sum
     def now() -> Record:
         return record._replace(seconds=record.seconds + time.perf_counter() - started)
 
+    def save() -> None:
+        """Saves the state; one that is not finite must not evict good checkpoints."""
+        check_finite(state, sound)
+        if best:  # the run would resume from after it
+            best.wait()
+        disk.check_space(checkpoints.folder, state)
+        save_state(checkpoints, state, now())
+
+    warned: set[str] = set()
     with (
         contextlib.closing(checkpoints),
+        contextlib.closing(best) if best else contextlib.nullcontext(),
         contextlib.closing(folder),
         contextlib.closing(stream),
     ):
@@ -154,9 +170,17 @@ def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Sum
             while True:
                 # Also where a process ended between an epoch's last step and its evaluation.
                 if step % setup.steps_per_epoch == 0 and int(state.sums.steps):
+                    check_finite(state, sound)
+                    sound = step
                     row = epoch_row(state, setup, evaluate, meter.images_per_second())
                     folder.append_metrics(row)
                     meter.end_epoch(row)
+                    for name, fault in faults(state, row, setup).items():
+                        if name not in warned:
+                            log(f"warning, epoch {row['epoch']}: {name}: {fault}")
+                            warned.add(name)
+                    if best:
+                        best.offer(state, now(), row)
                     if setup.constrained:
                         deployed = deployed_state(state, setup)
                         record = _keep_midway(record, row, deployed, folder)
@@ -174,12 +198,15 @@ def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Sum
                 state, loss = train_step(state, batch, *teacher)
                 step += 1
                 meter.step(loss)
+                if not meter.finite:
+                    check_finite(state, sound)
                 if step == setup.total_steps and config.reestimate_batches:
                     state = reestimate(state, itertools.islice(batches, config.reestimate_batches))
                 if _checkpoint_is_due(config, setup, step):  # first: the evaluation takes a while
-                    _save(checkpoints, state, now())
-            if step < setup.total_steps:
-                _save(checkpoints, state, now())
+                    save()
+                    sound = step
+            if step < setup.total_steps or stop.asked:
+                save()
                 checkpoints.wait()
                 at = f"step {step:,} of {setup.total_steps:,}"
                 log(f"stopped at {at}, saved; rerun the same command to resume")
@@ -189,6 +216,7 @@ def _train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> Sum
     if loader.test:
         on_test = evaluate(evaluated_weights(state, setup), state.batch_stats, test=True)
     summary = _summarize(config, row, now(), state, on_test)
+    summary = dataclasses.replace(summary, best=best.figures if best else None)
     if setup.constrained:
         deployed = deployed_state(state, setup)
         summary = _deploy(summary, folder, deployed, setup, evaluate)
@@ -238,18 +266,6 @@ def _checkpoint_is_due(config: ml_collections.FrozenConfigDict, setup: Setup, st
         or step % (config.checkpoint_epochs * setup.steps_per_epoch) == 0
         or (config.checkpoint_steps > 0 and step % config.checkpoint_steps == 0)
     )
-
-
-def _save(checkpoints: Checkpoints, state: TrainState, record: Record) -> None:
-    """Saves a state; one that is not finite must not evict good checkpoints."""
-    if not bool(all_finite((state.sums.loss, state.params))):
-        raise FloatingPointError(
-            f"the loss or a weight is not finite at step {int(state.step)}; the checkpoints are "
-            "from before that. Lower --config.learning_rate or --config.pretrain_learning_rate, or "
-            "use --config.dtype=float32"
-        )
-    disk.check_space(checkpoints.folder, state)
-    save_state(checkpoints, state, record)
 
 
 def _reset_sums(state: TrainState) -> TrainState:

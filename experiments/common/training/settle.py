@@ -19,12 +19,13 @@ PRETRAINED = "pretrained"  # as `config.teacher`
 _FIXED = (
     "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
     "image_size", "color_jitter", "text", "context", "optimizer", "teacher", "distillation",
-    "temperature", "validation_images", "normalization", "constrained",
+    "temperature", "validation_images", "normalization", "constrained", "multiplier_rule",
+    "multiplier_dtype", "best_cfs",
 )  # fmt: skip
 # Where a run found its weights, data and hosts: nothing that a finished run depends on.
 _PLACES = (
-    "pretrained", "data_dir", "workers", "figures", "preflight", "keep_weights", "distributed",
-    "coordinator", "num_processes", "process_id",
+    "pretrained", "data_dir", "workers", "figures", "preflight", "keep_weights", "keep_best",
+    "distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 # Fields that count under some methods alone, and those that do in post-training alone.
 _OF_METHODS = {
@@ -182,6 +183,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "optimizer": ("sgd", "adamw"),
         "schedule": ("", "constant", "cosine", "linear"),
         "normalization": ("", "cifar10", "imagenet"),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "multiplier_dtype": ("float32", "bfloat16"),
     }.items():
         if config[name] not in choices:
             raise ConfigError(f"--config.{name}={config[name]!r} is none of {_listed(choices)}")
@@ -205,6 +208,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
         ("b2", 0, 1),
         ("closes_at", 1e-6, 1),
         ("strength", 0, math.inf),
+        ("best_cfs", 0, math.inf),
         ("anneal_steepness", 0.01, 100),  # where its sigmoid is computed without overflow
         ("distillation", 0, 1),
         ("temperature", 0.01, 1000),

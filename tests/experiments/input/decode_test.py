@@ -2,6 +2,7 @@
 
 import io
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -99,6 +100,39 @@ class TestDecode:
         with pytest.raises(decode.UnreadableImageError, match="90 x 60"):
             decode.decode_eval(encode(smooth_image(60, 90)))
 
+    def test_rejects_scans_without_end_before_decoding(self, monkeypatch):
+        """400 kB of them took half a minute."""
+        data = encode(smooth_image(2000, 3000), progressive=True)
+        assert decode._image_shape(data) == (2000, 3000)
+        last = data[data.rindex(decode._SCAN) : -2]
+        monkeypatch.setattr(decode, "decode_rgb", None)
+        for read in (decode.decode_eval, lambda data: decode.decode_train(data, None)):
+            with pytest.raises(decode.UnreadableImageError, match="scans of 3000 x 2000"):
+                read(data[:-2] + 600 * last + data[-2:])
+        photo_with_a_film = data + np.random.default_rng(0).bytes(1 << 20)
+        assert decode._image_shape(photo_with_a_film) == (2000, 3000)
+
+    @pytest.mark.parametrize("image_format", ["EPS", "BMP", "TIFF"])
+    def test_other_formats_are_unreadable(self, image_format):
+        with pytest.raises(decode.UnreadableImageError, match="cannot identify"):
+            decode.decode_rgb(encode(smooth_image(20, 30), image_format))
+
+    def test_an_image_without_pixels(self):
+        data = bytearray(encode(smooth_image(20, 30), "PNG"))
+        data[16:20] = bytes(4)  # its width
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        for read in (decode.decode_eval, lambda data: decode.decode_train(data, None)):
+            with pytest.raises(decode.UnreadableImageError):
+                read(bytes(data))
+
+    def test_grey_of_16_bits_keeps_the_upper_eight(self):
+        """As Pillow does for 16 bits per colour; `convert` alone saturates all above 255."""
+        grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+        expected = np.broadcast_to((grey >> 8)[..., None], (64, 64, 3))
+        actual = decode.decode_rgb(encode(Image.fromarray(grey), "PNG"))
+        assert actual.dtype == np.uint8
+        np.testing.assert_array_equal(actual, expected)
+
     def test_scaled_image_is_not_too_small(self):
         data = encode(smooth_image(400, 600))
         for shrink, shape in [
@@ -133,6 +167,15 @@ class TestEval:
         actual = decode.decode_eval(data)
         assert actual.dtype == np.uint8
         np.testing.assert_array_equal(actual, torchvision_eval(data, 256, 224))
+
+    @pytest.mark.parametrize("shape", [(1, 65000), (20000, 1), (1, 3000), (7, 60000)])
+    def test_rejects_strips_before_decoding(self, shape, monkeypatch):
+        """Resized to 256 pixels, 65000 x 1 would be 4 billion pixels."""
+        data = encode(Image.new("RGB", shape[::-1]))
+        assert decode.decode_train(data, np.random.default_rng(0)).shape == (224, 224, 3)
+        monkeypatch.setattr(decode, "decode_rgb", None)
+        with pytest.raises(decode.UnreadableImageError, match=f"{shape[1]} x {shape[0]}, resized"):
+            decode.decode_eval(data)
 
     def test_rejects_crop_larger_than_image(self):
         with pytest.raises(ValueError, match="224"):

@@ -1,6 +1,7 @@
 """Data sets opened by name: which batches they give, on one host and on two."""
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,26 @@ def test_digits():
 def test_labels_beyond_the_classes_are_refused():
     with pytest.raises(ConfigError, match=r"num_classes=5, but the labels of digits go up to 9"):
         open_data(make_config(num_classes=5))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(lambda y: np.where(y == 3, 12, y), "go up to 12"), (lambda y: y - 1, "begin at -1: give")],
+)
+def test_labels_out_of_range_are_refused(monkeypatch, labels, message):
+    digits = in_memory.load_digits()
+    changed = digits._replace(train_labels=labels(digits.train_labels))
+    monkeypatch.setattr(in_memory, "load_digits", lambda: changed)
+    with pytest.raises(ConfigError, match=message):
+        open_data(make_config(num_classes=10))
+
+
+def test_classes_without_images_are_reported():
+    with pytest.warns(UserWarning, match=r"of 2 classes of digits, such as 10: is .*=12 right"):
+        open_data(make_config(num_classes=12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        open_data(make_config(num_classes=10))
 
 
 def test_training_starts_from_any_step():

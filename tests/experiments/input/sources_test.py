@@ -101,6 +101,15 @@ class TestFolderSource:
         with pytest.raises(FileNotFoundError, match="no images"):
             sources.FolderSource(str(tmp_path), "train")
 
+    def test_a_link_to_itself_is_an_unreadable_image(self, tree):
+        for link in (tree / "train" / "n02" / "loop.jpg", tree / "train" / "loop"):
+            link.symlink_to(link)
+        source = sources.FolderSource(str(tree), "train")
+        assert source.classes == ["n01", "n02", "n03"]
+        assert len(source) == 6
+        with pytest.raises(OSError, match=r"loop\.jpg"):
+            source[3]
+
     def test_vanished_file_raises_os_error(self, tree):
         source = sources.FolderSource(str(tree), "train")
         os.remove(tree / "train" / "n02" / "c.jpeg")

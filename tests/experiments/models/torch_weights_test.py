@@ -208,7 +208,8 @@ def test_lists_every_mismatch(resnet20, state_dict, load):
         "missing: bn1.running_var, shape (16,)",
         "missing: layer1.0.conv1.weight, shape (16, 16, 3, 3)",
         "not finite: layer3.0.bn1.bias, 3 of 64 values",
-        "not floating: layer1.1.conv1.weight, found int8",
+        "other dtype: layer1.1.conv1.weight, found I8, expected one of float32, float64, float16, "
+        "bfloat16",
         "other shape: fc.weight, found (1000, 64), expected (10, 64)",
         "unexpected: conv2.scale, shape (1,)",
         "unexpected: head.weight, shape (2, 3)",
@@ -248,7 +249,7 @@ def test_damaged_file(resnet20, state_dict, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("weights.pth", "torch"), ("weights.safetensors", "safetensors.numpy")]
+    ("name", "module"), [("weights.pth", "torch"), ("weights.safetensors", "safetensors")]
 )
 def test_missing_package(resnet20, tmp_path, monkeypatch, name, module):
     (tmp_path / name).write_bytes(b"")

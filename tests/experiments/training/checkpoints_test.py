@@ -155,6 +155,52 @@ def test_another_tree_is_an_error_not_damage(three):
     assert sorted(path.name for path in three.iterdir()) == ["1", "2", "3"]
 
 
+def test_another_dtype_is_an_error_that_names_it(three):
+    other = make_tree()
+    other["params"]["bias"] = other["params"]["bias"].astype(jnp.float32)
+    with pytest.raises(checkpoints.AnotherTreeError, match=r"(?s)bfloat16.*asked: .*float32"):
+        checkpoints.Checkpoints(three).restore_newest({"tree": other})
+
+
+def test_checkpoints_of_before_they_named_dtypes(tmp_path, monkeypatch):
+    structure = checkpoints._structure
+    writer = checkpoints.Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoints, "_structure", lambda tree: structure(tree).split(" and dtypes ")[0]
+        )
+        writer.save(1, {"tree": make_tree(value=1)}, {})
+    writer.close()
+    step, trees, _ = checkpoints.Checkpoints(tmp_path).restore_newest({"tree": make_tree()})
+    assert step == 1
+    assert_equal(trees["tree"], make_tree(value=1))
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_run_that_goes_on_removes_what_is_being_read(tmp_path, monkeypatch, partly):
+    """As `evaluate.py` beside a fast run: what it has listed is gone, or going."""
+    writer = checkpoints.Checkpoints(tmp_path, keep=1)
+    writer.save(1, {"tree": make_tree(value=1)}, {})
+    writer.wait()
+    reader, restore = checkpoints.Checkpoints(tmp_path), checkpoints._restore
+    written = iter((2, 3))
+
+    def restore_late(path, *arguments):
+        if (step := next(written, None)) is not None:
+            writer.save(step, {"tree": make_tree(value=step)}, {})
+            writer.wait()
+            if partly:
+                path.mkdir()
+        return restore(path, *arguments)
+
+    monkeypatch.setattr(checkpoints, "_restore", restore_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if partly else "error", UserWarning)
+        step, trees, _ = reader.restore_newest({"tree": make_tree()})
+    assert step == 3
+    assert_equal(trees["tree"], make_tree(value=3))
+
+
 def test_donated_arrays_are_saved_as_they_were(tmp_path):
     """Writing continues in the background while the next step overwrites the memory."""
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)

@@ -15,7 +15,7 @@ from common.training import checkpoints, disk
 from common.training.run import train_and_evaluate
 from run_support import STEPS_PER_EPOCH, digits_config
 
-CONFIG = {"checkpoint_steps": 0}
+CONFIG = {"checkpoint_steps": 0, "keep_best": False}
 
 
 @pytest.fixture
@@ -56,6 +56,8 @@ def test_too_little_room_for_two_checkpoints(half_done, monkeypatch):
         disk.DiskError, match=r"two checkpoints need 0\.\d MB, and 0\.0 MB are free"
     ):
         train_and_evaluate(digits_config(**CONFIG), half_done)
+    with pytest.raises(disk.DiskError, match=r"three checkpoints need"):  # the best is one
+        train_and_evaluate(digits_config(**{**CONFIG, "keep_best": True}), half_done)
     monkeypatch.undo()
     before = disk._free
     # Room at the start, and none left when the checkpoint is due.

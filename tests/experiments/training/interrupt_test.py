@@ -73,17 +73,36 @@ def test_a_second_one_ends_a_process_that_hangs(environment):
     assert printed == "twice\n"
 
 
-def test_outside_of_the_loop_a_line_says_how_to_resume(environment, tmp_path):
-    """As while it imports, reads the data, or draws the figures."""
+@pytest.mark.parametrize("where", ["open_data", "_deploy", "draw_run"])
+def test_outside_of_the_loop_a_line_says_how_to_resume(environment, tmp_path, where):
+    """As while it imports, reads the data, evaluates the packed file, or draws the figures."""
     code = PREAMBLE + (
         "import runpy, signal\n"
         "from common.training import run\n"
-        "run.open_data = lambda config: signal.raise_signal(signal.SIGINT)\n"
+        f"run.{where} = lambda *arguments: signal.raise_signal(signal.SIGINT)\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    python, *rest = study_command(tmp_path)
+    short = {"epochs": 1, "pretrain_epochs": 1, "steps_per_epoch": 2}
+    python, *rest = study_command(tmp_path, **short)
     process = start_in_group([python, "-c", code, *rest], environment)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
-    assert errors == "\ninterrupted; rerun the same command to resume\n"
+    assert errors.endswith("\ninterrupted; rerun the same command to resume\n")
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("ternary_ste/summary.json"))
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "export.py"])
+def test_evaluation_and_export_end_with_a_line(environment, tmp_path, script):
+    code = PREAMBLE + (
+        "import runpy, signal\n"
+        "from common.training import restore\n"
+        "restore.restore = lambda *arguments: signal.raise_signal(signal.SIGINT)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "experiments" / script)]
+    process = start_in_group([*command, f"--workdir={tmp_path}"], environment)
+    _, errors = process.communicate(timeout=240)
+    assert (process.returncode, errors) == (130, "\ninterrupted\n")

@@ -201,6 +201,37 @@ def test_a_run_stopped_between_two_epochs(uninterrupted, tmp_path, monkeypatch):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_run_stopped_in_its_last_evaluation(uninterrupted, tmp_path, monkeypatch, number, status):
+    """It does not go on with the packed file and the figures."""
+    append = Workdir.append_metrics
+
+    def append_and_stop(folder, row):
+        append(folder, row)
+        if row["step"] == STEPS:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "append_metrics", append_and_stop)
+        with pytest.raises(loop.Stopped) as stopped:
+            train_and_evaluate(digits_config(), tmp_path)
+    assert stopped.value.code == status
+    assert not {"summary.json", "weights.safetensors"} & {path.name for path in tmp_path.iterdir()}
+    train_and_evaluate(digits_config(), tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("content", [None, b"x", b"PK\x03\x04 cut off"])
+def test_weights_for_the_histograms_may_be_missing(copy, uninterrupted, content):
+    (copy / "weights_before.npz").unlink()
+    if content is not None:
+        (copy / "weights_before.npz").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"the histograms lack the weights before: .*npz"):
+        train_and_evaluate(digits_config(), copy)
+    assert_same_run(copy, uninterrupted)
+    assert (copy / "figures" / "weights_conv2_kernel.png").exists()
+
+
 def test_a_changed_config_is_reported(copy, capsys):
     train_and_evaluate(digits_config(epochs=2), copy)
     assert "another config (saved -> asked): epochs 3 -> 2" in capsys.readouterr().out
