@@ -45,6 +45,7 @@ Fashion-MNIST and CIFAR-10:
       --config.figures=False
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
+    (cd experiments && python -m faults)
     python experiments/update_pages.py
 """
 
@@ -209,6 +210,7 @@ def tables() -> dict[str, str]:
         "text_llama": plain_table("text_llama"),
         "cost": page.aims(),
         "faults": faults_page.faults_table(),
+        "readers": faults_page.readers_table(),
     }
 
 

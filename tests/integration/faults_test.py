@@ -16,9 +16,9 @@ from pages import ROOT
 
 def test_a_sample(environment, tmp_path):
     """A kill while a checkpoint is written, a full disk if it can be mounted, a damaged file."""
-    command = [sys.executable, "-m", "faults", "--sample", "--only=saving,full,checkpoint"]
+    command = [sys.executable, "-m", "faults", "--sample", "--cases=20"]
     done = subprocess.run(
-        [*command, f"--out={tmp_path / 'faults.json'}"],
+        [*command, "--only=saving,full,checkpoint", f"--out={tmp_path / 'faults.json'}"],
         cwd=ROOT / "experiments",
         env={**environment, "PYTHONPATH": f"{ROOT / 'experiments'}{os.pathsep}{ROOT}"},
         capture_output=True,
