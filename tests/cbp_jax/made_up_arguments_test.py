@@ -91,7 +91,7 @@ def test_what_is_made_up_is_refused_or_right(name, data):
     check(CASES[name], data.draw(arguments_of(CASES[name])))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("name", CASES)
 @settings(FEW, max_examples=5000, derandomize=False)
