@@ -93,7 +93,9 @@ def stopped(
 
 def _wrong_end(ended: subject.Ended, number: signal.Signals) -> str:
     # A run that ends at the same moment has ended well.
-    if ended.status not in (0, *_STATUS[number]):
+    # Python gives up its handlers before it exits.
+    shut_down = ended.status == -number and "written to" in ended.printed
+    if ended.status not in (0, *_STATUS[number]) and not shut_down:
         return f"status {ended.status} after {number.name}: {ended.printed[-300:]}"
     if "Traceback" in ended.printed:
         return f"a traceback after {number.name}: {ended.printed[-300:]}"

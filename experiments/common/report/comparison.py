@@ -91,6 +91,7 @@ def results_table(folder: Path) -> str:
         row = [found.get((constraint, method)) for constraint in constraints]
         runs = [summary for cell in row if cell for summary in cell.summaries]
         digits = 3 if runs[0].experiment == "text_llama" else 2
+        seeds = sorted({len(cell.summaries) for cell in row if cell})
         rows.append(
             [
                 METHODS.get(method, method.replace("_", " ")),
@@ -100,7 +101,7 @@ def results_table(folder: Path) -> str:
                 ),
                 "" if method == FULL_PRECISION else f"{max(s.cfs_relative for s in runs):.1e}",
                 f"{np.mean([s.seconds for s in runs]):.0f}",
-                str(max(len(cell.summaries) for cell in row if cell)),
+                f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
             ]
         )
     header = ["method", *constraints, "CFS / scale, worst", "seconds a run", "seeds"]
