@@ -75,7 +75,7 @@ def evaluate_file(fields: dict[str, object], limit: int | None = None) -> dict[s
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     file = bool(FLAGS.pretrained)
     if len(argv) > 1 or bool(FLAGS.workdir) == file or file != bool(FLAGS.network):
         raise app.UsageError("give --workdir=RUN, or --network=NAME and --pretrained=FILE")

@@ -55,7 +55,7 @@ def export_onnx(run: Run, path: Path, weight_type: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     workdir, onnx = Path(FLAGS.workdir), FLAGS.format == "onnx"

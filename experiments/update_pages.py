@@ -20,9 +20,10 @@ Fashion-MNIST and CIFAR-10:
     $study/fashion_mnist --config.learning_rates="(0.01,0.03,0.1,0.3)"
     one="--config.learning_rates=(0.1,) --config.rates_alone"
     binary="--config.constraints=('binary',)"
-    # The next three start from the weights of the first: copy its folder pretrain into theirs.
+    # The next four start from the weights of the first: copy its folder pretrain into theirs.
     $study/fashion_mnist_course --config.variants=course --config.strengths="(0.0,10.0)" \\
       --config.learning_rates="(0.1,)" $binary
+    $study/fashion_mnist_rules --config.variants=rules --config.learning_rates="(0.01,)" $binary
     $study/fashion_mnist_layers --config.variants=layers --config.methods="('closing','cbp')" \\
       --config.learning_rates="(0.1,)" $binary
     $study/fashion_mnist_distilled --config.teacher=pretrained $one $binary \\

@@ -77,7 +77,8 @@ def _launch(
             raise app.UsageError(
                 f"unexpected arguments {argv[1:]}: write --config.FIELD=VALUE or --workdir=DIR"
             )
-        logging.set_verbosity(logging.ERROR)  # Orbax and TFDS log much that is of no interest here
+        # Orbax and TFDS log much that is of no interest here, and with a traceback what they raise.
+        logging.set_verbosity(logging.FATAL)
         config = config_flag.value
         try:
             if config.distributed:
