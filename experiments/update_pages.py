@@ -36,9 +36,10 @@ Fashion-MNIST and CIFAR-10:
       --config.pretrained=$results/study/fashion_mnist/pretrain/seed0
     # FILE: akamaster's resnet20-12fca82f.th
     resnet20="--config.ground=resnet20 --config.pretrained=FILE --config.epochs=12"
-    $study/resnet20 $resnet20 --config.methods="('ste','closing')" --config.seeds=1 \\
-      --config.learning_rates="(0.03,)" --config.rates_alone \\
-      --config.constraints="('binary','ternary')"
+    both="--config.learning_rates=(0.03,) --config.rates_alone
+      --config.constraints=('binary','ternary')"
+    $study/resnet20 $resnet20 $both --config.methods="('ste','parq')" --config.seeds=1
+    $study/resnet20 $resnet20 $both --config.methods="('closing',)" --config.seeds=2
     $study/resnet20_course $resnet20 --config.variants=course --config.closes_at="(0.8,)" \\
       --config.strengths="(10.0,)" --config.learning_rates="(0.03,)" $binary --config.seeds=1
     python experiments/text_llama.py --workdir=$results/text_llama --config.text=FILE \\

@@ -4,7 +4,12 @@ import os
 import shutil
 import tempfile
 
+import hypothesis
 import pytest
+
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 _COUNT = "--xla_force_host_platform_device_count"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"

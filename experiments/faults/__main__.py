@@ -33,7 +33,7 @@ _SETTINGS: Sequence[Mapping[str, Any]] = [
     {"optimizer": "adamw"},
     {"batch_size": 16},
     {"channels": 8},
-    {"method": "closing"},
+    {"epochs": 2},
 ]
 _DIVERGING: Sequence[Mapping[str, Any]] = [{"learning_rate": 1e30}, {"learning_rate": "nan"}]
 

@@ -197,7 +197,7 @@ def fuzz(mutations, of_description, content, folder):
 
 
 FUZZ = given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3), of_description=st.booleans())
-OFTEN = settings(max_examples=500, deadline=2000, database=None)
+OFTEN = settings(max_examples=500, deadline=None, database=None)
 
 
 @FUZZ
