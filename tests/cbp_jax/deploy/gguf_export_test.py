@@ -272,6 +272,32 @@ def test_scales_that_float16_cannot_hold(kind, scale, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_small_scale_beside_a_large_one(tmp_path):
+    """The difference is relative to the row."""
+    scales = np.float32([[1.0, 1e-9]])
+    with pytest.raises(ValueError, match="'up/kernel' as TQ2_0 would differ by 1 of"):
+        export_kernel(
+            tmp_path / "m",
+            normal(256, 2, scale=1.0) * scales,
+            scale_axis=-1,
+            scale_fn=lambda w, axes: scales,
+        )
+
+
+def test_bfloat16_weights_with_uneven_steps(tmp_path):
+    """Their multiples of a step are rounded to 8 bits each."""
+    kernel = jnp.asarray(normal(256, 4), jnp.bfloat16)
+    deviation, _ = export_kernel(tmp_path / "m", kernel, cbp_jax.uniform(4))
+    assert 2.0**-11 < deviation <= 2.0**-7
+
+
+def test_float64(tmp_path):
+    with jax.enable_x64(True):
+        deviation, wanted = export_kernel(tmp_path / "m", jnp.asarray(normal(256, 2), float))
+    assert (deviation, wanted.dtype) == (0.0, np.float64)
+    assert_same_bits(read(tmp_path / "m")["blk.0.ffn_up.weight"][1], wanted.T)
+
+
 def test_zeros(tmp_path):
     """A channel without a scale, blocks of zeros, and both signs of zero."""
     kernel = normal(512, 3)
@@ -369,6 +395,18 @@ def test_metadata(tmp_path):
     assert fields["tokenizer.ggml.scores"].contents() == [np.float32(0.1), -1.0]
     assert fields["tokenizer.ggml.token_type"].contents() == [6, 1]
     assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+
+
+def test_metadata_that_read_back_differently(tmp_path, monkeypatch):
+    add = gguf.GGUFWriter.add_key_value
+
+    def add_one(writer, key, value, *types):
+        add(writer, key, value + 1 if key == "n" else value, *types)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", add_one)
+    with pytest.raises(ValueError, match="metadata: 'n' reads back as"):
+        export_kernel(tmp_path / "m", normal(256, 2), metadata=LLAMA | {"n": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
