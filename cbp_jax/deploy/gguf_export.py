@@ -24,8 +24,8 @@ from cbp_jax.deploy.gguf_tensors import FLOATS, ByPath, FileTensor, plan_tensors
 from cbp_jax.deploy.onnx_weights import level_integers
 from cbp_jax.masking import PyTree
 
-# More than rounding explains: to float16 by 2^-11, of bfloat16 weights and their scale by 2^-8 each.
-# A wrong integer is an eighth or more.
+# Above what rounding explains, 2^-11 for float16 scales and twice 2^-8 for bfloat16 weights, and
+# below what a wrong integer makes, an eighth.
 _TOLERANCE = 2.0**-6
 
 
@@ -186,9 +186,8 @@ def _compare(
         if not difference <= _TOLERANCE:
             raise ValueError(
                 f"{tensor.path!r} as {tensor.kind} would differ by {difference:.2g} of its largest "
-                "weight: float16 holds weights and scales from 6e-5 to 65504, and a few smaller "
-                "ones roughly. Give it a weight_type of 'F32', or if it is unconstrained an "
-                "other_type"
+                "weight. float16, the type of 'F16' and of the scales of blocks, holds 6e-5 to "
+                "65504, and less below: rescale the layer, or give it the type 'F32'"
             )
         largest = max(largest, difference)
     return largest

@@ -43,6 +43,7 @@ class FileTensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """That of the tensor, whose last axis GGUF lists first."""
         shape = self.weight.shape if self.layer is None else self.weight.shape[1:]
         return tuple(shape[::-1] if self.transposed else shape)
 
@@ -78,7 +79,12 @@ def plan_tensors(
     other_type: Any,
     transpose: Any,
 ) -> Iterator[FileTensor]:
-    """Yields the tensors of the file; reads no weights."""
+    """Yields the tensors of the file, without reading weights; arguments as in `export_gguf`.
+
+    Raises:
+      ValueError: if the names, the types or the leaves do not fit; the error names the leaf.
+      TypeError: if a leaf is not made of floating-point numbers, or an argument is of no such kind.
+    """
     if not isinstance(other_type, str) or other_type not in FLOATS:
         raise ValueError(f"other_type must be 'F32' or 'F16', got {shown(other_type)}")
     constrained = {path_string(leaf.path): leaf for leaf in constrained_leaves(params, opt_state)}
@@ -122,7 +128,8 @@ def plan_tensors(
 def _by_path(argument: str, given: Any, paths: Sequence[str]) -> dict[str, Any]:
     """What a mapping or a function gives for each path: a string, or None."""
     if isinstance(given, Mapping):
-        if unknown := [shown(key) for key in given if key not in set(paths)]:
+        known = set(paths)
+        if unknown := [shown(key) for key in given if key not in known]:
             raise ValueError(
                 f"{argument} has {', '.join(unknown[:5])}, but there is no such leaf; there are "
                 f"{', '.join(map(repr, paths[:5])) or 'none'}"
@@ -192,12 +199,15 @@ def _choose_type(tensor: FileTensor, asked: str | None) -> str:
     row = tensor.shape[-1]
     others = [name for name in fitting if row % BLOCK_TYPES[name].size == 0]
     if kind is None or kind.name not in fitting:
-        needed = "no unit" if found is None else f"the integers {', '.join(map(str, found[1]))}"
-        problem = f"its constraint {tensor.constraint.name!r} has levels that need {needed}"
+        problem = f"the levels of its constraint {tensor.constraint.name!r} " + (
+            f"need the integers {', '.join(map(str, found[1]))}"
+            if found is not None
+            else "are not multiples of a common unit"
+        )
     elif row % kind.size:
         problem = f"its rows, of one output each, have {row} weights, no multiple of {kind.size}"
     elif tensor.row_scale.shape[-1:] not in ((), (1,)):
-        problem, others = "it has scales along its rows, which are the inputs of an output", []
+        problem, others = "it has scales along its rows: keep one per output instead", []
     else:
         return kind.name
     raise ValueError(

@@ -318,7 +318,7 @@ def test_levels_in_other_units(tmp_path):
     assert export_kernel(tmp_path / "m", normal(256, 4), lopsided)[0] == 0.0
     assert read(tmp_path / "m")["blk.0.ffn_up.weight"][0] == "Q4_0"
     for constraint in (cbp_jax.uniform(8), cbp_jax.shift(3), cbp_jax.shift(40)):
-        with pytest.raises(ValueError, match=r"levels that need .*Give its weight_type as 'F32'"):
+        with pytest.raises(ValueError, match=r"(integers|common unit).*weight_type as 'F32'"):
             export_kernel(tmp_path / "n", normal(256, 4), constraint)
     assert export_kernel(tmp_path / "m", normal(256, 4), "one_bit_shift", weight_type="F16")[0] == 0
 
@@ -458,7 +458,7 @@ def test_rows_that_do_not_fit(tmp_path):
 def test_types_that_do_not_fit(tmp_path):
     path, kernel = tmp_path / "m", normal(256, 2)
     refuse(
-        "'up/kernel' cannot be TQ1_0: its constraint 'two_bit_shift' has levels that need the "
+        "'up/kernel' cannot be TQ1_0: the levels of its constraint 'two_bit_shift' need the "
         "integers -4, -2, -1, 0, 1, 2, 4. Give its weight_type as 'Q4_0' or 'F32' or 'F16'",
         path, kernel, "two_bit_shift", weight_type="TQ1_0",
     )  # fmt: skip
