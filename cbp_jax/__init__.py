@@ -2,6 +2,7 @@
 
 from cbp_jax.constraints import Constraint
 from cbp_jax.course import closing
+from cbp_jax.deploy.gguf_export import export_gguf
 from cbp_jax.deploy.inference import make_predict
 from cbp_jax.deploy.onnx_export import export_onnx
 from cbp_jax.deploy.packed import Packed, PackedError, PackedTensor
@@ -26,6 +27,7 @@ from cbp_jax.metrics import (
     relative_weights,
 )
 from cbp_jax.recipe import cbp_sgd, keep_params_in_box
+from cbp_jax.scales import float16_scale
 from cbp_jax.state import CBPState, ClosingState, STEState, quantize, refit_scales, window
 from cbp_jax.straight_through import ste
 from cbp_jax.transform import cbp
@@ -66,11 +68,13 @@ __all__ = [  # noqa: RUF022
     "relative_weights",
     # Masks: which leaves are constrained
     "select",
-    # Deployment: packed weights, their file, inference and ONNX
+    # Deployment: packed weights, their file, inference, ONNX and GGUF
     "Packed",
     "PackedError",
     "PackedTensor",
+    "export_gguf",
     "export_onnx",
+    "float16_scale",
     "load_packed",
     "make_predict",
     "pack",

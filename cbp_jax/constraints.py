@@ -200,7 +200,7 @@ class Constraint:
         """`w - q(w)`, with `q(w)` rounded to `dtype` so that a stored level violates nothing."""
         nearest = self._nearest(w, scale)
         if dtype != w.dtype:
-            return w - _round_to(dtype, nearest)
+            return w - round_to(dtype, nearest)
         # XLA may fuse the product and the difference; rounding must not put a weight off its level.
         return jnp.where(w == nearest, 0, w - nearest)
 
@@ -236,7 +236,7 @@ def _prepare(w: ArrayLike, scale: ArrayLike) -> tuple[jax.Array, jnp.dtype, jax.
     return w.astype(compute), w.dtype, unit.astype(compute)
 
 
-def _round_to(dtype: jnp.dtype, x: jax.Array) -> jax.Array:
+def round_to(dtype: jnp.dtype, x: jax.Array) -> jax.Array:
     """Rounds to a narrower dtype: XLA may keep excess precision and drop a pair of casts."""
     info = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cbp_jax.arguments import as_real_array
-from cbp_jax.constraints import Constraint
+from cbp_jax.arguments import as_real_array, shown
+from cbp_jax.constraints import Constraint, round_to
 from cbp_jax.masking import Path, path_string
 
 ScaleFn = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # weights, kept axes -> scale
@@ -24,6 +24,39 @@ def mean_absolute_value(w: jax.Array, kept_axes: tuple[int, ...]) -> jax.Array:
     """The default scale: `mean |w|` over all axes but the kept ones."""
     axes = tuple(axis for axis in range(w.ndim) if axis not in kept_axes)
     return jnp.mean(jnp.abs(w), axis=axes, keepdims=bool(kept_axes))
+
+
+def float16_scale(w: jax.Array, kept_axes: tuple[int, ...]) -> jax.Array:
+    """The default scale, rounded to a float16 number: for `scale_fn`, if that is to hold it.
+
+    The network is then trained with the scales that `export_gguf` stores:
+
+        scale = float16(mean |w|)
+
+    Args:
+      w: the weights.
+      kept_axes: the axes along which scales differ, counted from 0.
+
+    Returns:
+      Array of the dtype of `w`, of shape () or with the kept dimensions.
+
+    Raises:
+      ValueError: if there are no weights.
+      TypeError: if the weights are not real numbers, or the axes no tuple of integers.
+
+    Example:
+      >>> import jax.numpy as jnp, cbp_jax
+      >>> params = {"kernel": jnp.array([[-0.1, 0.3]])}
+      >>> link = cbp_jax.cbp(constraint="binary", scale_fn=cbp_jax.float16_scale)
+      >>> print(link.init(params).weight_scale["kernel"])
+      0.19995117
+    """
+    w = as_real_array("weights", w)
+    if w.size == 0:
+        raise ValueError(f"weights of shape {w.shape} have no scale: they are empty")
+    if not isinstance(kept_axes, tuple) or not all(isinstance(axis, int) for axis in kept_axes):
+        raise TypeError(f"kept_axes is a tuple of integers, got {shown(kept_axes)}")
+    return round_to(jnp.dtype(jnp.float16), mean_absolute_value(w, kept_axes))
 
 
 def measure_scale(

@@ -27,8 +27,9 @@ def ste(
 
         forward = q(w),    updates = gradient of the loss at q(w)
 
-    Metrics, `pack(..., round=True)` and `export_onnx` take its state as they take that of `cbp`, so
-    that networks trained in this way (BinaryConnect, BitNet) are measured and deployed alike.
+    Metrics, `pack(..., round=True)`, `export_onnx` and `export_gguf` take its state as they take
+    that of `cbp`, so that networks trained in this way (BinaryConnect, BitNet) are measured and
+    deployed alike.
 
     Args:
       constraint: as in `cbp_jax.cbp`.

@@ -1,1 +1,1 @@
-"""Deployment: packed weights, their file, inference from them, and ONNX."""
+"""Deployment: packed weights, their file, inference from them, ONNX and GGUF."""

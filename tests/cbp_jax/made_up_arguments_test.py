@@ -183,6 +183,12 @@ FOUND = [  # and the argument that the error names, or None if nothing is wrong
     ("make_predict", {"model_fn": None}, "model_fn must be a function"),
     ("export_onnx", {"example_input": jnp.full((1, 2), NAN)}, "outputs for example_input are NaN"),
     ("export_onnx", {"weight_type": []}, "no weight type"),
+    ("export_gguf", {"names": None}, "names is a mapping, or a function"),
+    ("export_gguf", {"names": lambda path: 3}, "names gives 'layer/bias' 3, which is not a str"),
+    ("export_gguf", {"metadata": ["llama"]}, "metadata is a mapping"),
+    ("export_gguf", {"weight_type": ["F16"]}, "weight_type is a mapping, or a function"),
+    ("float16_scale", {"w": jnp.zeros((0, 2))}, r"weights of shape \(0, 2\) have no scale"),
+    ("float16_scale", {"w": jnp.array(1j)}, "weights must be real"),
 ]
 
 

@@ -11,7 +11,7 @@ import cbp_jax
 
 HEAVY = {
     *("flax", "equinox", "orbax", "grain", "tensorflow", "tensorflow_datasets", "ml_collections"),
-    *("matplotlib", "sklearn", "chex", "onnx", "torch"),
+    *("matplotlib", "sklearn", "chex", "onnx", "gguf", "torch"),
 }
 PUBLIC = {name: inspect.unwrap(getattr(cbp_jax, name)) for name in cbp_jax.__all__}
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]

@@ -13,7 +13,7 @@ LIBRARY = (
 )  # fmt: skip
 DEPLOY = (
     "bits", "packed", "packing", "files", "packed_file", "inference", "onnx_weights", "onnx_fusion",
-    "onnx_export",
+    "onnx_export", "gguf_blocks", "gguf_metadata", "gguf_tensors", "gguf_export",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """For every public function what it is called with, and the strategies to make that up."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from made_up import (
 )  # fmt: skip
 
 import cbp_jax
-from cbp_jax.deploy import onnx_export
+from cbp_jax.deploy import gguf_export, onnx_export
 
 GRADS = jax.tree.map(lambda w: 0.1 * w, W)
 X = jnp.ones((1, 2))
@@ -84,6 +85,23 @@ def export(**arguments):
         pass
     finally:
         onnx_export._import_to_onnx = original
+
+
+def plan_gguf(**arguments):
+    """All that needs no gguf: the checks."""
+
+    class Gguf:
+        def __getattr__(self, name):
+            raise ConvertedError
+
+    original, gguf_export._import_gguf = gguf_export._import_gguf, Gguf
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            cbp_jax.export_gguf(f"{folder}/model.gguf", **arguments)
+    except ConvertedError:
+        pass
+    finally:
+        gguf_export._import_gguf = original
 
 
 def in_folder(function):
@@ -288,5 +306,38 @@ CASES = {
             "model": THINGS, "params": TREES, "opt_state": states(), "example_input": LEAVES,
             "weight_type": st.one_of(st.sampled_from(["int4", "int2", "float"]), TEXT, THINGS),
         },
+    ),
+    "export_gguf": Case(
+        plan_gguf,
+        {
+            "params": W, "opt_state": OWN["ste"],
+            "names": {"layer/kernel": "a", "layer/bias": "b"},
+            "metadata": {"general.architecture": "llama"}, "weight_type": "F16",
+            "other_type": "F32", "transpose": None,
+        },
+        {
+            "params": TREES, "opt_state": states(), "transpose": PATTERNS,
+            "names": st.one_of(
+                FUNCTIONS, st.builds(lambda name: lambda path: name + path, TEXT),
+                st.dictionaries(st.sampled_from(["layer/kernel", "layer/bias", "x"]), TEXT),
+            ),
+            "metadata": st.one_of(
+                st.dictionaries(TEXT, THINGS), THINGS,
+                st.builds(
+                    lambda key, value: {"general.architecture": "llama", key: value},
+                    TEXT, st.one_of(NUMBERS, TEXT, st.lists(st.one_of(NUMBERS, TEXT), max_size=2)),
+                ),
+            ),
+            "weight_type": st.one_of(
+                st.sampled_from(["Q1_0", "TQ2_0", "TQ1_0", "Q4_0", "F32"]), TEXT, FUNCTIONS,
+                st.dictionaries(st.sampled_from(["layer/kernel", "layer/bias"]), TEXT),
+            ),
+            "other_type": st.one_of(st.just("F16"), TEXT, THINGS),
+        },
+    ),
+    "float16_scale": Case(
+        cbp_jax.float16_scale,
+        {"w": W["layer"]["kernel"], "kept_axes": (1,)},
+        {"w": LEAVES, "kept_axes": AXES},
     ),
 }  # fmt: skip

@@ -1,0 +1,561 @@
+"""What is read back from GGUF files is `quantize(params, opt_state)`, to the bit."""
+
+import doctest
+import sys
+import tracemalloc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cbp_jax
+from cbp_jax.deploy import gguf_export
+from cbp_jax.deploy.gguf_blocks import BLOCK_TYPES, Q1_0, pack_rows, unpack_q1_0
+
+gguf = pytest.importorskip("gguf", reason='needs gguf: pip install "cbp_jax[gguf]"')
+
+LLAMA = {"general.architecture": "llama"}
+HALF = b"\x00\x38"  # 0.5 as a float16 number, least significant byte first
+CONSTRAINTS = {
+    "Q1_0": cbp_jax.binary(),
+    "TQ2_0": cbp_jax.ternary(),
+    "TQ1_0": cbp_jax.ternary(),
+    "Q4_0": cbp_jax.two_bit_shift(),
+}
+
+
+def normal(*shape, seed=0, scale=0.05):
+    return scale * np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def link(constraint, mask=None, **options):
+    options = {"scale_fn": cbp_jax.float16_scale} | options
+    return cbp_jax.cbp(constraint, mask=mask and cbp_jax.select(include=mask), **options)
+
+
+def export(path, params, state, names, **options):
+    return cbp_jax.export_gguf(path, params, state, names=names, **{"metadata": LLAMA, **options})
+
+
+def export_kernel(path, kernel, constraint="ternary", name="blk.0.ffn_up.weight", **options):
+    """Exports a network of one kernel; returns the deviation and its weights on their levels."""
+    own = {key: options.pop(key) for key in ("scale_axis", "scale_fn") if key in options}
+    params = {"up": {"kernel": kernel}}
+    state = link(constraint, **own).init(params)
+    deviation = export(path, params, state, {"up/kernel": name}, **options)
+    return deviation, np.asarray(cbp_jax.quantize(params, state)["up"]["kernel"])
+
+
+def read(path):
+    """The tensors of a file by name: their type and their weights."""
+    return {
+        tensor.name: (
+            tensor.tensor_type.name,
+            unpack_q1_0(tensor.data)
+            if tensor.tensor_type.name == "Q1_0"
+            else gguf.quants.dequantize(tensor.data, tensor.tensor_type),
+        )
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def assert_same_bits(got, wanted):
+    wanted = np.asarray(wanted).astype(np.float32)
+    assert got.shape == wanted.shape
+    assert np.array_equal(got.view(np.uint32), np.ascontiguousarray(wanted).view(np.uint32))
+
+
+# Blocks
+
+
+def pack_block(name, integers):
+    kind = BLOCK_TYPES[name]
+    codes = np.searchsorted(kind.integers, integers).astype(np.uint8)
+    return pack_rows(kind, codes[None], np.float32([[0.5]]))[0].tobytes()
+
+
+def ternary_block(**at):
+    """Zeros, but for the given places."""
+    block = np.zeros(256, np.int8)
+    for place, integer in at.items():
+        block[int(place[1:])] = integer
+    return block
+
+
+def test_a_block_of_q1_0():
+    """The sign of weight w is bit w % 8 of byte w // 8, after the scale."""
+    signs = np.full(128, -1)
+    signs[[0, 9, 127]] = 1
+    assert pack_block("Q1_0", signs) == HALF + b"\x01\x02" + bytes(13) + b"\x80"
+
+
+def test_a_block_of_tq2_0():
+    """Zero is 01 in each pair of bits; pair k of byte i of a half is its weight 32 k + i."""
+    block = ternary_block(w0=1, w32=-1, w96=1, w127=-1, w128=-1)
+    first = 0b10_01_00_10  # the weights 96, 64, 32 and 0
+    last = 0b00_01_01_01  # 127, 95, 63 and 31
+    half = [first, *[0x55] * 30, last]
+    assert pack_block("TQ2_0", block) == bytes([*half, 0b01_01_01_00, *[0x55] * 31]) + HALF
+
+
+def test_a_block_of_tq1_0():
+    """Zero is the digit 1. Five of them are 121, stored as ceil(121 * 256 / 243) = 128."""
+    assert pack_block("TQ1_0", ternary_block()) == bytes([128] * 48 + [127] * 4) + HALF
+    # The weights 0, 32, 64, 96 and 128 are digits of byte 0: 2 1 1 1 0 is 201, stored as 212.
+    # 160 leads byte 32: 0 1 1 1 1 is 40, as 43. 255 ends byte 51: 1 1 1 2 0 is 123, as 130.
+    block = ternary_block(w0=1, w128=-1, w160=-1, w255=1)
+    wanted = [212, *[128] * 31, 43, *[128] * 15, *[127] * 3, 130]
+    assert pack_block("TQ1_0", block) == bytes(wanted) + HALF
+
+
+def test_a_block_of_q4_0():
+    """Code 8 is 0; byte i has the weight i in its lower half and 16 + i in its upper one."""
+    block = np.zeros(32, np.int8)
+    block[[0, 16, 31]] = [-8, 7, -1]
+    assert pack_block("Q4_0", block) == HALF + bytes([0xF0, *[0x88] * 14, 0x78])
+
+
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
+def test_ternary_blocks_are_those_of_gguf(name):
+    integers = np.random.default_rng(0).integers(-1, 2, (7, 512))
+    integers[:, ::256] = 1  # a block of zeros has no scale in gguf
+    scales = np.float32([[2.0**-k] for k in range(7)])
+    packed = pack_rows(BLOCK_TYPES[name], (integers + 1).astype(np.uint8), scales)
+    theirs = gguf.quants.quantize(np.float32(integers * scales), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(packed, theirs)
+
+
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "Q4_0"])
+def test_gguf_reads_every_integer(name):
+    kind = BLOCK_TYPES[name]
+    codes = np.random.default_rng(1).integers(0, len(kind.integers), (50, 2 * kind.size))
+    packed = pack_rows(kind, codes.astype(np.uint8), np.float32(0.5))
+    weights = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
+    assert np.array_equal(weights, 0.5 * np.array(kind.integers)[codes])
+
+
+def test_sizes_are_those_of_gguf():
+    for name, kind in BLOCK_TYPES.items():
+        block = np.zeros((1, kind.size), np.uint8)
+        assert pack_rows(kind, block, np.float32(1)).shape == (1, kind.nbytes)
+        sizes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        assert sizes == (kind.size, kind.nbytes)
+
+
+def test_reading_q1_0():
+    data = np.frombuffer(HALF + b"\x01" + bytes(15) + b"\x00\xb8" + b"\xff" * 16, np.uint8)
+    weights = unpack_q1_0(data.reshape(1, 2 * Q1_0.nbytes))
+    assert np.array_equal(weights, [[0.5, *[-0.5] * 255]])
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scale_axis", [None, -1])
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_weights_are_exact(kind, scale_axis, dtype, tmp_path):
+    kernel = jnp.asarray(normal(256, 6) * np.float32([1, 2, 3, 4, 5, 1e-2]), dtype)
+    deviation, wanted = export_kernel(
+        tmp_path / "m", kernel, CONSTRAINTS[kind], scale_axis=scale_axis, weight_type=kind
+    )
+    ((name, (found, weights)),) = read(tmp_path / "m").items()
+    assert (name, found, deviation) == ("blk.0.ffn_up.weight", kind, 0.0)
+    assert_same_bits(weights, wanted.T)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_weights_are_exact(data, tmp_path_factory):
+    """Of any shape, type, dtype and scales, and from levels, midpoints, zeros of both signs."""
+    kind = data.draw(st.sampled_from(sorted(BLOCK_TYPES)))
+    rows = BLOCK_TYPES[kind].size * data.draw(st.integers(1, 2))
+    outputs, layers = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([None, 1, 3]))
+    dtype = data.draw(st.sampled_from([np.float32, np.float16, jnp.bfloat16]))
+    shape = (*([layers] if layers else []), rows, outputs)
+    axes = data.draw(st.sampled_from([None, -1, *([0, (0, -1)] if layers else [])]))
+    halves = st.floats(2.0**-12, 100, width=16)
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    grid = rng.choice(np.float32([-3, -1, -0.75, -0.5, -0.0, 0.0, 0.1, 0.25, 0.5, 1]), shape)
+    grid.reshape(-1)[0] = 1
+
+    def scale_fn(w, kept):
+        wanted = tuple(n if axis in kept else 1 for axis, n in enumerate(w.shape))
+        count = int(np.prod(wanted)) if kept else 1
+        drawn = data.draw(st.lists(halves, min_size=count, max_size=count))
+        return jnp.float32(drawn).reshape(wanted if kept else ())
+
+    params = {"kernel": jnp.asarray(grid, dtype)}
+    rule = cbp_jax.ste(CONSTRAINTS[kind], mask=True, scale_axis=axes, scale_fn=scale_fn)
+    state = rule.init(params)
+    path = tmp_path_factory.mktemp("gguf") / "m"
+    name = "blk.{}.w" if layers else "w"
+    assert export(path, params, state, {"kernel": name}, weight_type=kind) == 0.0
+    wanted = np.asarray(cbp_jax.quantize(params, state)["kernel"])
+    tensors = read(path)
+    assert len(tensors) == (layers or 1)
+    for layer in range(layers or 1):
+        found, weights = tensors[name.replace("{}", str(layer))]
+        assert found == kind
+        assert_same_bits(weights, (wanted[layer] if layers else wanted).T)
+
+
+def test_default_types_and_those_of_leaves(tmp_path):
+    params = {name: {"kernel": normal(256, 4)} for name in ("a", "b", "c", "d", "e")}
+    masks = {"a": "binary", "b": "ternary", "c|d|e": "one_bit_shift"}
+    links = [link(rule, f"({mask})/kernel") for mask, rule in masks.items()]
+    state = optax.chain(*links).init(params)
+    asked = {"d/kernel": "F16", "e/kernel": "F32"}
+    assert export(tmp_path / "m", params, state, lambda path: path, weight_type=asked) == 0.0
+    tensors = read(tmp_path / "m")
+    assert [kind for kind, _ in tensors.values()] == ["Q1_0", "TQ2_0", "Q4_0", "F16", "F32"]
+    for name, wanted in cbp_jax.quantize(params, state).items():
+        assert_same_bits(tensors[f"{name}/kernel"][1], wanted["kernel"].T)
+
+
+def test_other_leaves(tmp_path):
+    """As they are, F16 only with two axes, and transposed only if they are kernels."""
+    params = {
+        "head": {"kernel": normal(8, 3), "bias": normal(3)},
+        "embed": {"embedding": jnp.asarray(normal(5, 8), jnp.bfloat16)},
+        "up": {"kernel": normal(256, 4)},
+        "step": jnp.float32(3),
+    }
+    state = link("ternary", "up/kernel").init(params)
+    assert export(tmp_path / "m", params, state, lambda path: path) == 0.0
+    tensors = read(tmp_path / "m")
+    assert {name for name, (kind, _) in tensors.items() if kind != "F32"} == {"up/kernel"}
+    assert_same_bits(tensors["head/kernel"][1], params["head"]["kernel"].T)
+    assert_same_bits(tensors["embed/embedding"][1], params["embed"]["embedding"])
+    assert_same_bits(tensors["head/bias"][1], params["head"]["bias"])
+    assert tensors["step"][1] == 3
+
+    options = {"other_type": "F16", "transpose": "embed/.*"}
+    deviation = export(
+        tmp_path / "m", params, state, lambda path: path, weight_type="F32", **options
+    )
+    assert 0 < deviation <= 2.0**-11
+    tensors = read(tmp_path / "m")
+    kinds = {"head/kernel": "F16", "embed/embedding": "F16", "up/kernel": "F32"}
+    assert {name: tensors[name][0] for name in kinds} == kinds
+    assert (tensors["head/bias"][0], tensors["step"][0]) == ("F32", "F32")
+    assert_same_bits(tensors["embed/embedding"][1], params["embed"]["embedding"].T)
+    assert_same_bits(tensors["head/kernel"][1], params["head"]["kernel"].astype(np.float16))
+
+
+def test_scales_that_float16_rounds(tmp_path):
+    scale = 1 + 2.0**-11 + 2.0**-20  # above the middle between 1 and 1 + 2^-10
+    deviation, wanted = export_kernel(
+        tmp_path / "m", normal(256, 2, scale=1.0), scale_fn=lambda w, axes: scale
+    )
+    assert deviation == pytest.approx((1 + 2.0**-10) / scale - 1)
+    _, weights = read(tmp_path / "m")["blk.0.ffn_up.weight"]
+    assert np.array_equal(weights, np.sign(wanted.T) * (1 + 2.0**-10))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e5])
+@pytest.mark.parametrize("kind", ["TQ2_0", "F16"])
+def test_scales_that_float16_cannot_hold(kind, scale, tmp_path):
+    with pytest.raises(ValueError, match=f"'up/kernel' as {kind} would differ by"):
+        export_kernel(
+            tmp_path / "m",
+            normal(256, 2, scale=scale),
+            scale_fn=lambda w, axes: scale,
+            weight_type=kind,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_scale_beside_a_large_one(tmp_path):
+    """The difference is relative to the row."""
+    scales = np.float32([[1.0, 1e-9]])
+    with pytest.raises(ValueError, match="'up/kernel' as TQ2_0 would differ by 1 of"):
+        export_kernel(
+            tmp_path / "m",
+            normal(256, 2, scale=1.0) * scales,
+            scale_axis=-1,
+            scale_fn=lambda w, axes: scales,
+        )
+
+
+def test_bfloat16_weights_with_uneven_steps(tmp_path):
+    """Their multiples of a step are rounded to 8 bits each."""
+    kernel = jnp.asarray(normal(256, 4), jnp.bfloat16)
+    deviation, _ = export_kernel(tmp_path / "m", kernel, cbp_jax.uniform(4))
+    assert 2.0**-11 < deviation <= 2.0**-7
+
+
+def test_float64(tmp_path):
+    with jax.enable_x64(True):
+        deviation, wanted = export_kernel(tmp_path / "m", jnp.asarray(normal(256, 2), float))
+    assert (deviation, wanted.dtype) == (0.0, np.float64)
+    assert_same_bits(read(tmp_path / "m")["blk.0.ffn_up.weight"][1], wanted.T)
+
+
+def test_zeros(tmp_path):
+    """A channel without a scale, blocks of zeros, and both signs of zero."""
+    kernel = normal(512, 3)
+    kernel[:, 0] = 0
+    kernel[:256, 1] = -0.0
+    for kind in ("TQ2_0", "TQ1_0", "Q4_0"):
+        deviation, wanted = export_kernel(tmp_path / "m", kernel, scale_axis=-1, weight_type=kind)
+        assert deviation == 0.0
+        assert_same_bits(read(tmp_path / "m")["blk.0.ffn_up.weight"][1], wanted.T)
+        assert not wanted[:256, :2].any()
+
+
+def test_levels_in_other_units(tmp_path):
+    """Steps that float16 rounds; a lopsided set; a zero point that no integer is."""
+    deviation, _ = export_kernel(tmp_path / "m", normal(256, 4), cbp_jax.uniform(3))
+    assert 0 < deviation <= 2.0**-11
+    lopsided = cbp_jax.Constraint("lopsided", (-1.0, 0.5))
+    assert export_kernel(tmp_path / "m", normal(256, 4), lopsided)[0] == 0.0
+    assert read(tmp_path / "m")["blk.0.ffn_up.weight"][0] == "Q4_0"
+    for constraint in (cbp_jax.uniform(8), cbp_jax.shift(3), cbp_jax.shift(40)):
+        with pytest.raises(ValueError, match=r"(integers|common unit).*weight_type as 'F32'"):
+            export_kernel(tmp_path / "n", normal(256, 4), constraint)
+    assert export_kernel(tmp_path / "m", normal(256, 4), "one_bit_shift", weight_type="F16")[0] == 0
+
+
+def test_nnx_and_equinox(tmp_path):
+    """The axes of Flax's embeddings and kernels, and of Equinox's weights, come out right."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(7, 256, rngs=rngs)
+            self.up = nnx.Linear(256, 3, use_bias=False, rngs=rngs)
+
+    model = Net(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    state = link("binary").init(params)
+    names = {"embed/embedding": "token_embd.weight", "up/kernel": "up"}
+    for tree in (params, nnx.to_pure_dict(params), model):
+        assert export(tmp_path / "m", tree, state, names) == 0.0
+        tensors = read(tmp_path / "m")
+        assert_same_bits(tensors["token_embd.weight"][1], model.embed.embedding[...])
+        assert_same_bits(tensors["up"][1], cbp_jax.quantize(params, state).up.kernel[...].T)
+
+    linear = eqx.nn.Linear(128, 3, use_bias=False, key=jax.random.key(0))
+    state = link("binary").init(linear)
+    assert export(tmp_path / "m", linear, state, {"weight": "up"}) == 0.0
+    assert_same_bits(read(tmp_path / "m")["up"][1], cbp_jax.quantize(linear, state).weight)
+
+
+def test_layers_stacked_for_scan(tmp_path):
+    params = {"layers": {"up": {"kernel": normal(3, 256, 2)}, "norm": {"scale": normal(3, 8)}}}
+    state = link("ternary", scale_axis=0).init(params)
+    names = {"layers/up/kernel": "blk.{}.up", "layers/norm/scale": "blk.{}.norm"}
+    assert export(tmp_path / "m", params, state, names) == 0.0
+    tensors = read(tmp_path / "m")
+    wanted = cbp_jax.quantize(params, state)["layers"]["up"]["kernel"]
+    for layer in range(3):
+        assert_same_bits(tensors[f"blk.{layer}.up"][1], wanted[layer].T)
+        assert_same_bits(tensors[f"blk.{layer}.norm"][1], params["layers"]["norm"]["scale"][layer])
+    with pytest.raises(ValueError, match=r"'layers/up/kernel' has shape \(3, 256, 2\).*blk\.\{\}"):
+        export(tmp_path / "n", params, state, names | {"layers/up/kernel": "up"})
+
+
+# Metadata
+
+
+def test_metadata(tmp_path):
+    metadata = LLAMA | {
+        "llama.block_count": 2, "negative": -1, "large": 2**32, "lowest": -(2**40),
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "yes": True, "empty": "", "é": "ü",
+        "tokenizer.ggml.tokens": ["<s>", b"\xff"], "tokenizer.ggml.scores": (0.1, -1.0),
+        "tokenizer.ggml.token_type": [gguf.TokenType.BYTE, 1], "flags": [True, False],
+        "numpy": np.arange(3), "number": np.float64(0.5), "unsigned": [2**31],
+    }  # fmt: skip
+    export_kernel(tmp_path / "m", normal(256, 2), metadata=metadata)
+    fields = gguf.GGUFReader(tmp_path / "m").fields
+    types = {
+        key: ",".join(kind.name for kind in field.types)
+        for key, field in fields.items()
+        if not key.startswith("GGUF.")
+    }
+    assert types == {
+        "general.architecture": "STRING", "general.quantization_version": "UINT32",
+        "llama.block_count": "UINT32", "negative": "INT32", "large": "UINT64", "lowest": "INT64",
+        "llama.attention.layer_norm_rms_epsilon": "FLOAT32", "yes": "BOOL", "empty": "STRING",
+        "é": "STRING", "tokenizer.ggml.tokens": "ARRAY,STRING",
+        "tokenizer.ggml.scores": "ARRAY,FLOAT32", "tokenizer.ggml.token_type": "ARRAY,INT32",
+        "flags": "ARRAY,BOOL", "numpy": "ARRAY,INT32", "number": "FLOAT32",
+        "unsigned": "ARRAY,UINT32",
+    }  # fmt: skip
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert [tokens.parts[i].tobytes() for i in tokens.data] == [b"<s>", b"\xff"]
+    simple = ("llama.block_count", "negative", "large", "lowest", "yes", "empty", "é", "flags")
+    assert {key: fields[key].contents() for key in simple} == {key: metadata[key] for key in simple}
+    assert fields["tokenizer.ggml.scores"].contents() == [np.float32(0.1), -1.0]
+    assert fields["tokenizer.ggml.token_type"].contents() == [6, 1]
+    assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+
+
+def test_metadata_that_read_back_differently(tmp_path, monkeypatch):
+    add = gguf.GGUFWriter.add_key_value
+
+    def add_one(writer, key, value, *types):
+        add(writer, key, value + 1 if key == "n" else value, *types)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", add_one)
+    with pytest.raises(ValueError, match="metadata: 'n' reads back as"):
+        export_kernel(tmp_path / "m", normal(256, 2), metadata=LLAMA | {"n": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"general.architecture": ""}, "metadata needs 'general.architecture'"),
+        ({"a": []}, "the value of 'a' must be .* not empty"),
+        ({"a": [1, 2.0]}, "the value of 'a' must be .* one kind"),
+        ({"a": None}, "the value of 'a' must be"),
+        ({"a": 2**64}, "the value of 'a' must be .* 64 bits"),
+        ({"a": 1e39}, "the value of 'a' must be .* float32"),
+        ({"a": float("nan")}, "the value of 'a' must be .* finite"),
+        ({"a": [[1]]}, "the value of 'a' must be"),
+        ({3: 1}, "3 is no key"),
+        ({"general.alignment": 64}, "'general.alignment' is not yours to choose"),
+    ],
+)
+def test_wrong_metadata(added, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_kernel(tmp_path / "m", normal(256, 2), metadata=LLAMA | added)
+    with pytest.raises(ValueError, match=r"metadata needs 'general\.architecture'.*got None"):
+        export_kernel(tmp_path / "m", normal(256, 2), metadata={})
+
+
+# Refusals
+
+
+def refuse(match, path, kernel, constraint="ternary", error=ValueError, **options):
+    with pytest.raises(error, match=match):
+        export_kernel(path, kernel, constraint, **options)
+    assert not path.exists()
+
+
+def test_rows_that_do_not_fit(tmp_path):
+    path = tmp_path / "m"
+    refuse(
+        "'up/kernel' cannot be TQ2_0: its rows, of one output each, have 96 weights, no multiple "
+        "of 256. Give its weight_type as 'Q4_0' or 'F32' or 'F16'",
+        path, normal(96, 256),
+    )  # fmt: skip
+    refuse("cannot be Q1_0.*64 weights, no multiple of 128.*'Q4_0'", path, normal(64, 2), "binary")
+    refuse("48 weights, no multiple of 32. .* as 'F32' or", path, normal(48, 2), "two_bit_shift")
+    refuse("'TQ2_0' or 'TQ1_0' or 'Q4_0'", path, normal(256, 2), weight_type="Q1_0")
+    asked = {"up/kernel": "Q4_0"}
+    assert export_kernel(path, normal(96, 256), weight_type=asked)[0] == 0.0
+    assert read(path)["blk.0.ffn_up.weight"][0] == "Q4_0"
+
+
+def test_types_that_do_not_fit(tmp_path):
+    path, kernel = tmp_path / "m", normal(256, 2)
+    refuse(
+        "'up/kernel' cannot be TQ1_0: the levels of its constraint 'two_bit_shift' need the "
+        "integers -4, -2, -1, 0, 1, 2, 4. Give its weight_type as 'Q4_0' or 'F32' or 'F16'",
+        path, kernel, "two_bit_shift", weight_type="TQ1_0",
+    )  # fmt: skip
+    refuse("no weight type 'Q8_0', asked for 'up/kernel'", path, kernel, weight_type="Q8_0")
+    refuse("has 'up', but there is no such leaf", path, kernel, weight_type={"up": "F16"})
+    refuse("other_type must be 'F32' or 'F16'", path, kernel, other_type="Q4_0")
+    refuse("scales along its rows", path, kernel, scale_axis=0)
+    assert export_kernel(path, kernel, scale_axis=0, weight_type="F16")[0] == 0.0
+    # A binary layer in a type for ternary ones.
+    assert export_kernel(path, kernel, "binary", weight_type="TQ1_0")[0] == 0.0
+
+
+def test_names_that_do_not_fit(tmp_path):
+    params = {"a": {"kernel": normal(256, 2), "bias": normal(2)}, "b": normal(2)}
+    state = link("ternary", "a/kernel").init(params)
+    path = tmp_path / "m"
+    cases = [
+        ({"a/kernel": "w"}, "no name of a tensor for 'a/bias', 'b'"),
+        (lambda path: None, "no name of a tensor for 'a/bias', 'a/kernel', 'b'"),
+        (lambda path: "w", "'a/bias' and 'a/kernel' are both named 'w'"),
+        ({"a/kernel": "w", "a/bias": "b", "b": "c", "c": "d"}, "names has 'c', but there is no"),
+        (lambda path: path.rjust(64, "é"), "'a/bias' cannot be named .* 1 to 63 bytes"),
+        (lambda path: "", "'a/bias' cannot be named ''"),
+    ]
+    for names, match in cases:
+        with pytest.raises(ValueError, match=match):
+            export(path, params, state, names)
+    assert export(path, params, state, lambda path: path.rjust(63, "x")) == 0.0
+    with pytest.raises(ValueError, match="pattern 'c' matches none"):
+        export(path, params, state, lambda path: path, transpose="c")
+
+
+def test_leaves_that_do_not_fit(tmp_path):
+    kernel = {"kernel": normal(256, 2)}
+    state = link("ternary").init(kernel)
+    cases = [
+        (np.arange(3), TypeError, "'x' is ndarray of dtype int"),
+        (jax.random.key(0), TypeError, "'x' is .* of dtype key"),
+        (np.zeros((0, 3), np.float32), ValueError, r"'x' has shape \(0, 3\)"),
+        (normal(3, 3, 2, 2), ValueError, r"'x' has shape \(3, 3, 2, 2\)"),
+        (np.float32([1, np.nan]), ValueError, "'x' has weights or scales that are NaN"),
+    ]
+    for leaf, error, match in cases:
+        with pytest.raises(error, match=match):
+            export(tmp_path / "m", {**kernel, "x": leaf}, state, lambda path: path)
+    with pytest.raises(ValueError, match="'kernel' has weights or scales that are NaN"):
+        export(tmp_path / "m", {"kernel": np.full((256, 2), np.nan)}, state, lambda path: path)
+    with pytest.raises(ValueError, match="no CBPState"):
+        export(tmp_path / "m", kernel, optax.sgd(0.1).init(kernel), lambda path: path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The file
+
+
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    path.write_text("old")
+
+    right = BLOCK_TYPES["TQ2_0"]
+    wrong = right._replace(pack=lambda codes: right.pack(codes[:, ::-1]))
+    monkeypatch.setitem(gguf_export.BLOCK_TYPES, "TQ2_0", wrong)
+    with pytest.raises(ValueError, match="'up/kernel' as TQ2_0 would differ"):
+        export_kernel(path, normal(256, 2))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    layers, size = 32, 256 * 256
+    params = {"kernel": jnp.asarray(normal(layers, 256, 256)), "free": normal(layers, 256, 256)}
+    state = link("ternary", "kernel", scale_axis=(0, -1)).init(params)
+    names = {"kernel": "blk.{}.kernel", "free": "blk.{}.free"}
+    export(tmp_path / "m", params, state, names)  # JAX compiles
+    tracemalloc.start()
+    export(tmp_path / "m", params, state, names)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 * size < layers * size * 4
+
+
+def test_two_files_are_equal(tmp_path):
+    for name in ("a", "b"):
+        export_kernel(tmp_path / name, normal(256, 2))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_without_gguf(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install \"cbp_jax\[gguf\]\""):
+        export_kernel(tmp_path / "m", normal(256, 2))
+
+
+def test_the_docstring(tmp_path, monkeypatch):
+    """The doctests skip it, since they must run without gguf."""
+    monkeypatch.chdir(tmp_path)
+    text = cbp_jax.export_gguf.__doc__.replace("# doctest: +SKIP", "")
+    example = doctest.DocTestParser().get_doctest(text, {}, "export_gguf", None, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0
+    assert (tmp_path / "model.gguf").exists()
