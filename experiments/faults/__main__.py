@@ -89,13 +89,13 @@ def faults(folder: Path, rng: np.random.Generator, few: bool) -> dict[str, Fault
         "terminated": Fault(
             "SIGTERM at a random moment",
             "the loop saves and says so; elsewhere the process ends at once; resumes",
-            "nothing",
+            "in the loop, nothing",
             stopped(signal.SIGTERM, at_random, 4, 3),
         ),
         "interrupted": Fault(
             "Ctrl-C at a random moment",
             "likewise, in one line",
-            "nothing",
+            "in the loop, nothing",
             stopped(signal.SIGINT, at_random, 4, 3),
         ),
         "full": Fault(
