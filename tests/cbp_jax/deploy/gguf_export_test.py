@@ -170,7 +170,7 @@ def test_weights_are_exact(kind, scale_axis, dtype, tmp_path):
     assert_same_bits(weights, wanted.T)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_weights_are_exact(data, tmp_path_factory):
     """Of any shape, type, dtype and scales, and from levels, midpoints, zeros of both signs."""
