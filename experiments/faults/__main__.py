@@ -3,7 +3,7 @@
     cd experiments && python -m faults
     cd experiments && python -m faults --only=saving,full --cases=0
 
-It takes half an hour on two CPU cores. Mounting the small disks needs root, and `.pth` files need
+It takes about an hour on two CPU cores. Mounting the small disks needs root, and `.pth` files need
 torch; without, these rows are left out.
 """
 

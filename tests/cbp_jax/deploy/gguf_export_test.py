@@ -11,148 +11,21 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from gguf_support import (
+    CONSTRAINTS,
+    assert_same_bits,
+    export,
+    export_kernel,
+    link,
+    normal,
+    read,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cbp_jax
 from cbp_jax.deploy import gguf_export
-from cbp_jax.deploy.gguf_blocks import BLOCK_TYPES, Q1_0, pack_rows, unpack_q1_0
-
-gguf = pytest.importorskip("gguf", reason='needs gguf: pip install "cbp_jax[gguf]"')
-
-LLAMA = {"general.architecture": "llama"}
-HALF = b"\x00\x38"  # 0.5 as a float16 number, least significant byte first
-CONSTRAINTS = {
-    "Q1_0": cbp_jax.binary(),
-    "TQ2_0": cbp_jax.ternary(),
-    "TQ1_0": cbp_jax.ternary(),
-    "Q4_0": cbp_jax.two_bit_shift(),
-}
-
-
-def normal(*shape, seed=0, scale=0.05):
-    return scale * np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def link(constraint, mask=None, **options):
-    options = {"scale_fn": cbp_jax.float16_scale} | options
-    return cbp_jax.cbp(constraint, mask=mask and cbp_jax.select(include=mask), **options)
-
-
-def export(path, params, state, names, **options):
-    return cbp_jax.export_gguf(path, params, state, names=names, **{"metadata": LLAMA, **options})
-
-
-def export_kernel(path, kernel, constraint="ternary", name="blk.0.ffn_up.weight", **options):
-    """Exports a network of one kernel; returns the deviation and its weights on their levels."""
-    own = {key: options.pop(key) for key in ("scale_axis", "scale_fn") if key in options}
-    params = {"up": {"kernel": kernel}}
-    state = link(constraint, **own).init(params)
-    deviation = export(path, params, state, {"up/kernel": name}, **options)
-    return deviation, np.asarray(cbp_jax.quantize(params, state)["up"]["kernel"])
-
-
-def read(path):
-    """The tensors of a file by name: their type and their weights."""
-    return {
-        tensor.name: (
-            tensor.tensor_type.name,
-            unpack_q1_0(tensor.data)
-            if tensor.tensor_type.name == "Q1_0"
-            else gguf.quants.dequantize(tensor.data, tensor.tensor_type),
-        )
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-
-
-def assert_same_bits(got, wanted):
-    wanted = np.asarray(wanted).astype(np.float32)
-    assert got.shape == wanted.shape
-    assert np.array_equal(got.view(np.uint32), np.ascontiguousarray(wanted).view(np.uint32))
-
-
-# Blocks
-
-
-def pack_block(name, integers):
-    kind = BLOCK_TYPES[name]
-    codes = np.searchsorted(kind.integers, integers).astype(np.uint8)
-    return pack_rows(kind, codes[None], np.float32([[0.5]]))[0].tobytes()
-
-
-def ternary_block(**at):
-    """Zeros, but for the given places."""
-    block = np.zeros(256, np.int8)
-    for place, integer in at.items():
-        block[int(place[1:])] = integer
-    return block
-
-
-def test_a_block_of_q1_0():
-    """The sign of weight w is bit w % 8 of byte w // 8, after the scale."""
-    signs = np.full(128, -1)
-    signs[[0, 9, 127]] = 1
-    assert pack_block("Q1_0", signs) == HALF + b"\x01\x02" + bytes(13) + b"\x80"
-
-
-def test_a_block_of_tq2_0():
-    """Zero is 01 in each pair of bits; pair k of byte i of a half is its weight 32 k + i."""
-    block = ternary_block(w0=1, w32=-1, w96=1, w127=-1, w128=-1)
-    first = 0b10_01_00_10  # the weights 96, 64, 32 and 0
-    last = 0b00_01_01_01  # 127, 95, 63 and 31
-    half = [first, *[0x55] * 30, last]
-    assert pack_block("TQ2_0", block) == bytes([*half, 0b01_01_01_00, *[0x55] * 31]) + HALF
-
-
-def test_a_block_of_tq1_0():
-    """Zero is the digit 1. Five of them are 121, stored as ceil(121 * 256 / 243) = 128."""
-    assert pack_block("TQ1_0", ternary_block()) == bytes([128] * 48 + [127] * 4) + HALF
-    # The weights 0, 32, 64, 96 and 128 are digits of byte 0: 2 1 1 1 0 is 201, stored as 212.
-    # 160 leads byte 32: 0 1 1 1 1 is 40, as 43. 255 ends byte 51: 1 1 1 2 0 is 123, as 130.
-    block = ternary_block(w0=1, w128=-1, w160=-1, w255=1)
-    wanted = [212, *[128] * 31, 43, *[128] * 15, *[127] * 3, 130]
-    assert pack_block("TQ1_0", block) == bytes(wanted) + HALF
-
-
-def test_a_block_of_q4_0():
-    """Code 8 is 0; byte i has the weight i in its lower half and 16 + i in its upper one."""
-    block = np.zeros(32, np.int8)
-    block[[0, 16, 31]] = [-8, 7, -1]
-    assert pack_block("Q4_0", block) == HALF + bytes([0xF0, *[0x88] * 14, 0x78])
-
-
-@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
-def test_ternary_blocks_are_those_of_gguf(name):
-    integers = np.random.default_rng(0).integers(-1, 2, (7, 512))
-    integers[:, ::256] = 1  # a block of zeros has no scale in gguf
-    scales = np.float32([[2.0**-k] for k in range(7)])
-    packed = pack_rows(BLOCK_TYPES[name], (integers + 1).astype(np.uint8), scales)
-    theirs = gguf.quants.quantize(np.float32(integers * scales), gguf.GGMLQuantizationType[name])
-    assert np.array_equal(packed, theirs)
-
-
-@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "Q4_0"])
-def test_gguf_reads_every_integer(name):
-    kind = BLOCK_TYPES[name]
-    codes = np.random.default_rng(1).integers(0, len(kind.integers), (50, 2 * kind.size))
-    packed = pack_rows(kind, codes.astype(np.uint8), np.float32(0.5))
-    weights = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
-    assert np.array_equal(weights, 0.5 * np.array(kind.integers)[codes])
-
-
-def test_sizes_are_those_of_gguf():
-    for name, kind in BLOCK_TYPES.items():
-        block = np.zeros((1, kind.size), np.uint8)
-        assert pack_rows(kind, block, np.float32(1)).shape == (1, kind.nbytes)
-        sizes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-        assert sizes == (kind.size, kind.nbytes)
-
-
-def test_reading_q1_0():
-    data = np.frombuffer(HALF + b"\x01" + bytes(15) + b"\x00\xb8" + b"\xff" * 16, np.uint8)
-    weights = unpack_q1_0(data.reshape(1, 2 * Q1_0.nbytes))
-    assert np.array_equal(weights, [[0.5, *[-0.5] * 255]])
-
+from cbp_jax.deploy.gguf_blocks import BLOCK_TYPES
 
 # Exactness
 
@@ -359,76 +232,6 @@ def test_layers_stacked_for_scan(tmp_path):
         assert_same_bits(tensors[f"blk.{layer}.norm"][1], params["layers"]["norm"]["scale"][layer])
     with pytest.raises(ValueError, match=r"'layers/up/kernel' has shape \(3, 256, 2\).*blk\.\{\}"):
         export(tmp_path / "n", params, state, names | {"layers/up/kernel": "up"})
-
-
-# Metadata
-
-
-def test_metadata(tmp_path):
-    metadata = LLAMA | {
-        "llama.block_count": 2, "negative": -1, "large": 2**32, "lowest": -(2**40),
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "yes": True, "empty": "", "é": "ü",
-        "tokenizer.ggml.tokens": ["<s>", b"\xff"], "tokenizer.ggml.scores": (0.1, -1.0),
-        "tokenizer.ggml.token_type": [gguf.TokenType.BYTE, 1], "flags": [True, False],
-        "numpy": np.arange(3), "number": np.float64(0.5), "unsigned": [2**31],
-    }  # fmt: skip
-    export_kernel(tmp_path / "m", normal(256, 2), metadata=metadata)
-    fields = gguf.GGUFReader(tmp_path / "m").fields
-    types = {
-        key: ",".join(kind.name for kind in field.types)
-        for key, field in fields.items()
-        if not key.startswith("GGUF.")
-    }
-    assert types == {
-        "general.architecture": "STRING", "general.quantization_version": "UINT32",
-        "llama.block_count": "UINT32", "negative": "INT32", "large": "UINT64", "lowest": "INT64",
-        "llama.attention.layer_norm_rms_epsilon": "FLOAT32", "yes": "BOOL", "empty": "STRING",
-        "é": "STRING", "tokenizer.ggml.tokens": "ARRAY,STRING",
-        "tokenizer.ggml.scores": "ARRAY,FLOAT32", "tokenizer.ggml.token_type": "ARRAY,INT32",
-        "flags": "ARRAY,BOOL", "numpy": "ARRAY,INT32", "number": "FLOAT32",
-        "unsigned": "ARRAY,UINT32",
-    }  # fmt: skip
-    tokens = fields["tokenizer.ggml.tokens"]
-    assert [tokens.parts[i].tobytes() for i in tokens.data] == [b"<s>", b"\xff"]
-    simple = ("llama.block_count", "negative", "large", "lowest", "yes", "empty", "é", "flags")
-    assert {key: fields[key].contents() for key in simple} == {key: metadata[key] for key in simple}
-    assert fields["tokenizer.ggml.scores"].contents() == [np.float32(0.1), -1.0]
-    assert fields["tokenizer.ggml.token_type"].contents() == [6, 1]
-    assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
-
-
-def test_metadata_that_read_back_differently(tmp_path, monkeypatch):
-    add = gguf.GGUFWriter.add_key_value
-
-    def add_one(writer, key, value, *types):
-        add(writer, key, value + 1 if key == "n" else value, *types)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", add_one)
-    with pytest.raises(ValueError, match="metadata: 'n' reads back as"):
-        export_kernel(tmp_path / "m", normal(256, 2), metadata=LLAMA | {"n": 1})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("added", "message"),
-    [
-        ({"general.architecture": ""}, "metadata needs 'general.architecture'"),
-        ({"a": []}, "the value of 'a' must be .* not empty"),
-        ({"a": [1, 2.0]}, "the value of 'a' must be .* one kind"),
-        ({"a": None}, "the value of 'a' must be"),
-        ({"a": 2**64}, "the value of 'a' must be .* 64 bits"),
-        ({"a": 1e39}, "the value of 'a' must be .* float32"),
-        ({"a": float("nan")}, "the value of 'a' must be .* finite"),
-        ({"a": [[1]]}, "the value of 'a' must be"),
-        ({3: 1}, "3 is no key"),
-        ({"general.alignment": 64}, "'general.alignment' is not yours to choose"),
-    ],
-)
-def test_wrong_metadata(added, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        export_kernel(tmp_path / "m", normal(256, 2), metadata=LLAMA | added)
-    with pytest.raises(ValueError, match=r"metadata needs 'general\.architecture'.*got None"):
-        export_kernel(tmp_path / "m", normal(256, 2), metadata={})
 
 
 # Refusals
