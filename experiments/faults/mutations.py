@@ -1,6 +1,5 @@
 """Mutations of valid files: of bytes, of JSON, and of containers whose check sums are renewed."""
 
-import copy
 import io
 import json
 import math
@@ -20,6 +19,7 @@ _VALUES: tuple[Any, ...] = (
     "../../x", "/", "float16", "complex64", "int4", "ternary", [], {}, [[]], [0, 2**62], {"": 0},
 )  # fmt: skip
 _DEEP = 200  # levels of a nested value; enough to show that depth is bounded
+_WITHIN = 5  # levels in which values are edited, or copies of deep ones would be ever deeper
 _PNG_HEAD = 8  # bytes before the first chunk
 _FRAMES = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")  # segments of JPEG with the image's size
 
@@ -59,7 +59,7 @@ def _flipped(data: bytes, rng: Rng) -> bytes:
 
 def edit_json(value: Any, rng: Rng) -> Any:
     """Returns a JSON value with one to three of its parts replaced, removed or renamed."""
-    value = copy.deepcopy(value)
+    value = _copied(value)
     for _ in range(rng.integers(1, 4)):
         places = [(None, None), *_places(value)]
         parent, key = places[rng.integers(len(places))]
@@ -70,7 +70,7 @@ def edit_json(value: Any, rng: Rng) -> Any:
             del parent[key]
         elif kind == 1:
             other, name = places[rng.integers(len(places))]
-            parent[key] = copy.deepcopy(value if other is None else other[name])
+            parent[key] = _copied(value if other is None else other[name])
         elif kind == 2 and isinstance(parent, dict):
             parent[_strange_name(key, rng)] = parent.pop(key)
         else:
@@ -78,15 +78,23 @@ def edit_json(value: Any, rng: Rng) -> Any:
     return value
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
+def _copied(value: Any) -> Any:
+    """Not by `copy.deepcopy`, which takes two frames a level."""
+    return json.loads(json.dumps(value))
+
+
+def _places(value: Any, within: int = _WITHIN) -> list[tuple[Any, Any]]:
     """Where the parts of a value are: their containers and keys."""
+    if not within:
+        return []
     if isinstance(value, dict):
         inside = list(value.items())
     elif isinstance(value, list):
         inside = list(enumerate(value))
     else:
         return []
-    return [(value, key) for key, _ in inside] + [p for _, part in inside for p in _places(part)]
+    below = [place for _, part in inside for place in _places(part, within - 1)]
+    return [(value, key) for key, _ in inside] + below
 
 
 def _strange(rng: Rng) -> Any:
