@@ -5,7 +5,7 @@ same weights in full precision, and with each method of post-training under each
 and without the full-precision network as a teacher.
 
     python experiments/shakespeare_llama.py --config.text=FILE
-    python experiments/shakespeare_llama.py --config.text=FILE --config=gpu
+    python experiments/shakespeare_llama.py --config.text=FILE --config.preset=gpu
     python experiments/export.py --workdir=runs/shakespeare_llama/ternary_ste_distilled \\
         --format=gguf
 
@@ -14,17 +14,13 @@ Rerun the same command to resume. `eval_loss` is in nats per byte: divided by ln
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_collections
 from common import launch
 from common.config import ConfigError, small_config
 
-if TYPE_CHECKING:
-    from common.study import Entry
-
-DISTILLED = "_distilled"  # ends the names of runs with a teacher
-# Fields of `--config.preset`, where the command line leaves them as they are.
+# What `--config.preset` stands for; fields that the command line sets are left as they are.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "": {},
@@ -41,9 +37,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def get_config() -> ml_collections.ConfigDict:
     config = small_config("shakespeare_llama", "llama")
     config.preset = ""  # or gpu: 50 million weights, for one accelerator
-    config.constraints = ("ternary", "binary")
+    config.constraint = "ternary"
+    config.constraints = ("ternary", "binary")  # of the study
     config.methods = ("full_precision", "ste", "closing", "cbp")
-    config.distilled = (False, True)  # without a teacher, with the pre-trained weights as one
+    config.distilled = True  # each method once more, with the pre-trained weights as its teacher
     config.data = "text"
     config.text = ""  # a file, or a folder of .txt and .py files; empty: the standard library
     config.num_classes = 256
@@ -59,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 32
     config.steps_per_epoch = 25
     config.pretrain_epochs = 80
-    config.epochs = 24
+    config.epochs = 16
     config.optimizer = "adamw"
     config.schedule = "cosine"
     config.warmup_steps = 100
@@ -74,3 +71,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.scale_dtype = "float16"
     config.figures = False
     return config
+
+
+def with_preset(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config with the fields of its preset, but for those that are not the usual ones."""
+    if config.preset not in PRESETS:
+        known = ", ".join(name or "''" for name in PRESETS)
+        raise ConfigError(f"--config.preset={config.preset!r} is none of {known}")
+    usual, found = get_config(), ml_collections.ConfigDict(config.to_dict())
+    for name, value in PRESETS[config.preset].items():
+        if config[name] == usual[name]:
+            found[name] = value
+    return found
+
+
+if __name__ == "__main__":
+    launch.study(get_config(), with_preset)

@@ -5,8 +5,8 @@
         --workdir=runs/study/resnet20
     python experiments/study.py --config.ground=fashion_mnist --config.variants=course \\
         --config.constraints="('binary','ternary')" --workdir=runs/study/course
-    python experiments/study.py --config.ground=text_llama --config.text=FILE \\
-        --workdir=runs/study/text_llama
+    python experiments/study.py --config.ground=llama --config.text=FILE \\
+        --workdir=runs/study/llama
 
 FILE are the weights of ResNet-20 of akamaster/pytorch_resnet_cifar10, and a text.
 Rerun the same command to resume. `experiments/update_pages.py` makes tables and figures of what the
@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import cifar10_resnet20
 import fashion_mnist
 import ml_collections
-import text_llama
+import shakespeare_llama
 from common import launch
-from common.config import ConfigError
+from common.config import OF_STUDIES, ConfigError
 
 if TYPE_CHECKING:
     from common.comparison import Comparison
 
 Trials = Mapping[str, Sequence[Mapping[str, Any]]]  # by method, or variant of one
 CONSTRAINTS = ("binary", "ternary", "one_bit_shift", "two_bit_shift")
-GROUNDS = ("fashion_mnist", "resnet20", "text_llama")
+GROUNDS = ("fashion_mnist", "resnet20", "llama")
 METHODS = (
     "full_precision", "rounding", "ste", "binary_relax", "parq", "no_window", "cbp", "closing",
 )  # fmt: skip
@@ -40,7 +40,7 @@ _PASSED_ON = ("data_dir", "teacher", "constrained", "keep_weights")
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.ground = "fashion_mnist"  # or resnet20, text_llama
+    config.ground = "fashion_mnist"  # or resnet20, llama
     config.methods = METHODS
     config.constraints = CONSTRAINTS
     config.tuned_on = "binary"
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rates_alone = False  # try nothing else
     config.epochs = 0  # 0: those of the ground
     config.pretrained = ""  # of resnet20: the file
-    config.text = ""  # of text_llama: the file
+    config.text = ""  # of llama: the file
     config.data_dir = ""  # empty: TFDS_DATA_DIR
     config.teacher = ""  # or pretrained: distillation, for all methods
     config.constrained = ""  # or all: first and last layer too
@@ -69,15 +69,16 @@ def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     ground = {
         "fashion_mnist": _fashion_mnist,
         "resnet20": _resnet20,
-        "text_llama": text_llama.get_config,
+        "llama": shakespeare_llama.get_config,
     }[config.ground]
     base = ground()
     base.update({name: config[name] for name in _PASSED_ON})
     base.pretrained, base.text = config.pretrained, config.text
     if config.epochs:
         base.epochs = config.epochs
-    if "methods" in base:
-        del base.methods
+    for name in OF_STUDIES:
+        if name in base:
+            del base[name]
     base.constraint, base.figures = config.tuned_on, False
     return base
 
@@ -180,7 +181,7 @@ def comparison(config: ml_collections.ConfigDict) -> "Comparison":
         if unknown := [value for value in values if value not in choices]:
             known = ", ".join(choice or "''" for choice in choices)
             raise ConfigError(f"--config.{name}: {unknown[0]!r} is none of {known}")
-    own = (5e-4, 1e-3, 2e-3) if config.ground == "text_llama" else (1e-2, 3e-2, 1e-1)
+    own = (5e-4, 1e-3, 2e-3) if config.ground == "llama" else (1e-2, 3e-2, 1e-1)
     rates, base = config.learning_rates or own, base_config(config)
     methods: Trials = {
         method: trials(method, rates, config.rates_alone) for method in config.methods
@@ -197,7 +198,7 @@ def comparison(config: ml_collections.ConfigDict) -> "Comparison":
         tuned_on=config.tuned_on,
         trials=methods,
         seeds=config.seeds,
-        better="eval_loss" if config.ground == "text_llama" else "top1",
+        better="eval_loss" if config.ground == "llama" else "top1",
     )
 
 

@@ -3,6 +3,9 @@
 import ml_collections
 from ml_collections import config_dict
 
+# Fields of a study's config that its runs do not have.
+OF_STUDIES = ("methods", "constraints", "distilled", "preset")
+
 
 class ConfigError(ValueError):
     """A config makes no sense, or does not fit the data, the devices or the run in its workdir."""
@@ -36,6 +39,8 @@ def base_config(experiment: str, network: str) -> ml_collections.ConfigDict:
     config.pretrained = ""
     # Which parameters: a pattern of their paths, or "all": every kernel, first and last layer too.
     config.constrained = ""  # empty: the network's own, which leaves both free, as in the paper
+    config.scale_per_output = False  # rather than one scale for a whole kernel, as in the paper
+    config.scale_dtype = "float32"  # or float16: numbers that a file in GGUF can hold
     config.seed = 0
     # Post-training with the outputs of a network of the same kind as targets: pretrained (the
     # weights it starts from), a PyTorch file, or the workdir of a run (its latent weights).

@@ -41,12 +41,21 @@ def run(config: ml_collections.ConfigDict) -> None:
     _launch(config, train)
 
 
-def study(config: ml_collections.ConfigDict) -> None:
-    """Parses the flags, and runs `common.study`; the workdir defaults to `runs/EXPERIMENT`."""
+def study(
+    config: ml_collections.ConfigDict,
+    prepare: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict] | None = None,
+) -> None:
+    """Parses the flags, and runs `common.study`; the workdir defaults to `runs/EXPERIMENT`.
+
+    Args:
+      config: the defaults.
+      prepare: applied to what the flags make of it.
+    """
 
     def train(config: ml_collections.ConfigDict, workdir: str) -> None:
         from common import study
 
+        config = prepare(config) if prepare else config
         study.run(config, Path(workdir or f"runs/{config.experiment}"))
 
     _launch(config, train)

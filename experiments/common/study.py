@@ -12,15 +12,16 @@ import jax
 import ml_collections
 
 import cbp_jax
-from common.config import ConfigError
+from common.config import OF_STUDIES, ConfigError
 from common.report import figures
 from common.report.tables import results_table
 from common.report.workdir import FULL_PRECISION, Summary, read_metrics
 from common.training import disk
 from common.training.run import log, train_and_evaluate
-from common.training.settle import differences_that_count, saved_config, settle
+from common.training.settle import PRETRAINED, differences_that_count, saved_config, settle
 
 PRETRAIN = "pretrain"
+_DISTILLED = "_distilled"
 FINISHED_RUNS = "the finished runs are intact, and the same command goes on after them"
 
 
@@ -35,16 +36,28 @@ def entries(config: ml_collections.ConfigDict) -> list[Entry]:
     """Returns the runs that a config lists: each of its methods under each of its constraints.
 
     CBP's folder is named by the constraint alone, as `binary`; others as `binary_ste`. The method
-    "full_precision" has no constraint, and runs once.
+    "full_precision" has no constraint, and runs once. With `distilled`, all of them run again, with
+    the pre-trained weights as their teacher, in `binary_ste_distilled`.
     """
+    runs = _undistilled(config)
+    if config.get("distilled"):
+        teacher = {"teacher": PRETRAINED}
+        runs += [Entry(f"{name}{_DISTILLED}", {**changes, **teacher}) for name, changes in runs]
+    return runs
+
+
+def _undistilled(config: ml_collections.ConfigDict) -> list[Entry]:
     every = config.constraint == "all"
+    constraints = config.get("constraints") or (
+        cbp_jax.CONSTRAINTS if every else (config.constraint,)
+    )
     unconstrained = [name for name in config.methods if name == "full_precision"]
     return [Entry(name, {"method": name}) for name in unconstrained] + [
         Entry(
             constraint if method == "cbp" else f"{constraint}_{method}",
             {"constraint": constraint, "method": method},
         )
-        for constraint in (cbp_jax.CONSTRAINTS if every else (config.constraint,))
+        for constraint in constraints
         for method in config.methods
         if method not in unconstrained
     ]
@@ -68,7 +81,9 @@ def run(
     """
     runs = entries(config) if runs is None else runs
     base = ml_collections.ConfigDict(config.to_dict())
-    del base.methods
+    for name in OF_STUDIES:
+        if name in base:
+            del base[name]
     base.constraint = cbp_jax.CONSTRAINTS[0]  # of no account in pre-training
     pretrain = Entry(PRETRAIN, {"phase": "pretrain"})
     from_pretrained = {"pretrained": str(workdir / PRETRAIN)}
@@ -104,16 +119,18 @@ def finish(base: ml_collections.ConfigDict, workdir: Path, entry: Entry) -> Summ
 
 
 def _draw(workdir: Path, runs: Sequence[Entry], summaries: Sequence[Summary]) -> None:
-    """Draws the methods side by side, one figure per constraint."""
-    constraints = [summary.constraint for summary in summaries if summary.constrained]
-    for constraint in dict.fromkeys(constraints):
+    """Draws the methods side by side, one figure per constraint, and per teacher."""
+    kinds = [
+        (summary.constraint, summary.distilled) for summary in summaries if summary.constrained
+    ]
+    for constraint, distilled in dict.fromkeys(kinds):
         found = [
             (summary, read_metrics(workdir / entry.name))
             for summary, entry in zip(summaries, runs, strict=True)
-            if summary.constraint in (constraint, FULL_PRECISION)
+            if summary.constraint in (constraint, FULL_PRECISION) and summary.distilled == distilled
         ]
         figures.plot_training(
-            workdir / "figures" / f"{constraint}.png",
+            workdir / "figures" / f"{constraint}{_DISTILLED if distilled else ''}.png",
             f"{summaries[0].experiment}, {constraint.replace('_', '-')} weights",
             {summary.method: rows for summary, rows in found},
             summaries[0].full_precision_top1,

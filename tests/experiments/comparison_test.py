@@ -120,7 +120,7 @@ def test_spread_is_the_sample_deviation():
     assert report.spread([1.0]) == "1.00"
 
 
-@pytest.mark.parametrize("ground", ["fashion_mnist", "resnet20", "text_llama"])
+@pytest.mark.parametrize("ground", ["fashion_mnist", "resnet20", "llama"])
 def test_each_method_has_as_many_trials(ground):
     config = script.get_config()
     config.ground = ground
@@ -234,7 +234,7 @@ def test_claims_of_one_seed_are_open_and_a_loss_is_better_where_it_is_smaller(tm
     losses = [
         cell(method, (0.5, 0.5))._replace(
             summaries=[
-                dataclasses.replace(summary, experiment="text_llama", eval_loss=loss)
+                dataclasses.replace(summary, experiment="shakespeare_llama", eval_loss=loss)
                 for summary in cell(method, (0.5, 0.5)).summaries
             ]
         )

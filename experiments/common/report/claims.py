@@ -63,7 +63,7 @@ def _answer(a: Cell | None, b: Cell | None, sign: Callable[[Difference], int]) -
     found = difference(a, b)
     if math.isnan(found.error):
         return f"open, {found}"
-    if a.summaries[0].experiment == "text_llama":  # a loss
+    if a.summaries[0].experiment == "shakespeare_llama":  # a loss
         return f"{({1: 'no', 0: 'open', -1: 'yes'})[sign(found)]}, {found}"
     return f"{({1: 'yes', 0: 'open', -1: 'no'})[sign(found)]}, {found}"
 

@@ -71,7 +71,7 @@ def _rank(name: str, order: Sequence[str]) -> int:
 
 def result(summary: Summary) -> float:
     """The figure that a comparison reports: accuracy on the test set in percent, or nats a byte."""
-    if summary.experiment == "text_llama":
+    if summary.experiment == "shakespeare_llama":
         return float(summary.eval_loss if summary.test_loss is None else summary.test_loss)  # type: ignore[arg-type]
     return 100 * (summary.top1 if summary.test_top1 is None else summary.test_top1)
 
@@ -90,7 +90,7 @@ def results_table(folder: Path) -> str:
     for method in dict.fromkeys(method for _, method in found):
         row = [found.get((constraint, method)) for constraint in constraints]
         runs = [summary for cell in row if cell for summary in cell.summaries]
-        digits = 3 if runs[0].experiment == "text_llama" else 2
+        digits = 3 if runs[0].experiment == "shakespeare_llama" else 2
         seeds = sorted({len(cell.summaries) for cell in row if cell})
         rows.append(
             [
@@ -174,7 +174,7 @@ def plot_accuracy_against_bits(path: Path, title: str, folder: Path) -> None:
 def plot_over_steps(path: Path, title: str, folder: Path, constraint: str) -> None:
     """Plots validation figure and CFS over steps: the mean of the seeds, and all between them."""
     found = cells(folder)
-    text = next(iter(found.values())).summaries[0].experiment == "text_llama"
+    text = next(iter(found.values())).summaries[0].experiment == "shakespeare_llama"
     name, factor = ("eval_loss", 1.0) if text else ("top1", 100.0)
     with plt.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(
@@ -213,5 +213,5 @@ def plot_over_steps(path: Path, title: str, folder: Path, constraint: str) -> No
 
 
 def _result_label(found: Mapping[tuple[str, str], Cell]) -> str:
-    text = next(iter(found.values())).summaries[0].experiment == "text_llama"
+    text = next(iter(found.values())).summaries[0].experiment == "shakespeare_llama"
     return "test loss [nats/byte]" if text else "test accuracy [%]"

@@ -20,6 +20,7 @@ def results_table(summaries: Sequence[Summary]) -> str:
     columns: dict[str, list[str]] = {
         "constraint": [s.constraint for s in summaries],
         "method": [METHODS.get(s.method, "") for s in summaries],
+        "teacher": ["yes" if s.distilled else "" for s in summaries],
         "top-1 before": [f"{s.full_precision_top1:.2%}" for s in summaries],
         "top-1": [f"{s.top1:.2%}" for s in summaries],
         "test top-1 before": [_share(s.full_precision_test_top1) for s in summaries],

@@ -63,6 +63,7 @@ class Summary:
     full_precision_test_top1: float | None = None
     multipliers: Mapping[str, float] | None = None  # the mean of each layer, if it has any
     best: Mapping[str, float] | None = None  # the figures of the checkpoint in `best/`, if any
+    distilled: bool = False  # whether it had a teacher
 
     @property
     def constrained(self) -> bool:

@@ -74,6 +74,7 @@ def make_method(
     if config.method == "full_precision":
         return Method(_chain(clip=clip, inner=inner), latent, latent)
     box = optax.identity() if config.optimizer == "adamw" else _within_one(mask)
+    scales = optimizers.scale_options(config)
     if config.method == "closing":
         closing = cbp_jax.closing(
             _chain(inner=inner, box=box),
@@ -82,12 +83,14 @@ def make_method(
             closes_at=config.closes_at,
             strength=config.strength,
             mask=mask,
+            **scales,
         )
         return Method(_chain(clip=clip, closing=closing), cbp_jax.quantize, cbp_jax.quantize)
-    link = cbp_jax.ste(config.constraint, mask=mask)
+    link = cbp_jax.ste(config.constraint, mask=mask, **scales)
     if config.method == "rounding":
         optimizer = _chain(constraint=link, clip=clip, inner=inner)
-        return Method(optimizer, latent, _quantize_refitted, cbp_jax.refit_scales)
+        refit = functools.partial(cbp_jax.refit_scales, scale_fn=scales["scale_fn"])
+        return Method(optimizer, latent, _quantized_after(refit), refit)
     if config.method == "ste":
         optimizer = _chain(constraint=link, clip=clip, inner=inner, box=box)
         return Method(optimizer, cbp_jax.quantize, cbp_jax.quantize)
@@ -134,6 +137,7 @@ def _multipliers(
         "window_growth": optimizers.window_growth(config.window_factor),
         "initial_window": float("inf") if no_window else 1.0,
         "mask": mask,
+        **optimizers.scale_options(config),
     }
     if config.optimizer == "adamw":
         link = cbp_jax.cbp(config.constraint, **options)
@@ -180,5 +184,5 @@ def _forward(leaf_fn: _LeafFn, params: PyTree, opt_state: optax.OptState) -> PyT
     return jax.tree.map(leaf, params, link.constraints, link.weight_scale)
 
 
-def _quantize_refitted(params: PyTree, opt_state: optax.OptState) -> PyTree:
-    return cbp_jax.quantize(params, cbp_jax.refit_scales(params, opt_state))
+def _quantized_after(state_fn: StateFn) -> WeightsFn:
+    return lambda params, opt_state: cbp_jax.quantize(params, state_fn(params, opt_state))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+import cbp_jax
+
 _CAP = 3e-3  # of the violation under the multiplier rule "capped", in the unit of the weights
 _PROPORTIONAL = 3.0  # of the rule "pi"
 
@@ -61,6 +63,14 @@ def multiplier_options(config: ml_collections.FrozenConfigDict) -> dict[str, Any
     return {
         "multiplier_optimizer": rules[config.multiplier_rule],
         "multiplier_dtype": config.multiplier_dtype,
+    }
+
+
+def scale_options(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
+    """Returns the config's settings of the scales, as arguments of `cbp_jax.cbp` and its kin."""
+    return {
+        "scale_axis": -1 if config.scale_per_output else None,
+        "scale_fn": cbp_jax.float16_scale if config.scale_dtype == "float16" else None,
     }
 
 

@@ -317,6 +317,7 @@ def _summarize(
             record.full_precision_test_top1 if post_train else on_test.get("top1")
         ),
         multipliers=row.get("multiplier"),
+        distilled=distillation(config) is not None,
     )
 
 

@@ -20,7 +20,7 @@ _FIXED = (
     "network", "phase", "constraint", "method", "seed", "batch_size", "data", "num_classes",
     "image_size", "color_jitter", "text", "context", "optimizer", "teacher", "distillation",
     "temperature", "validation_images", "normalization", "constrained", "multiplier_rule",
-    "multiplier_dtype", "best_cfs",
+    "multiplier_dtype", "best_cfs", "scale_per_output", "scale_dtype",
 )  # fmt: skip
 # Where a run found its weights, data and hosts: nothing that a finished run depends on.
 _PLACES = (
@@ -40,7 +40,7 @@ _OF_METHODS = {
 }  # fmt: skip
 _OF_POST_TRAINING = (
     "method", "constraint", "constrained", "epochs", "learning_rate", "teacher", "distillation",
-    "temperature",
+    "temperature", "scale_per_output", "scale_dtype",
 )  # fmt: skip
 _REMOVE = "remove it, and rerun with the config that the run had; its checkpoints are not touched"
 
@@ -185,6 +185,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
         "normalization": ("", "cifar10", "imagenet"),
         "dtype": ("float32", "bfloat16", "float16"),
         "multiplier_dtype": ("float32", "bfloat16"),
+        "scale_dtype": ("float32", "float16"),
     }.items():
         if config[name] not in choices:
             raise ConfigError(f"--config.{name}={config[name]!r} is none of {_listed(choices)}")
