@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from common.models.layers import rms_norm
 
 ROTARY_BASE = 10_000.0
+NORM_EPSILON = 1e-5
 _STD = 0.02  # of initial weights
 
 
@@ -96,11 +97,11 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = rms_norm(width, dtype=dtype, rngs=rngs)
+        self.attention_norm = rms_norm(width, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs)
         self.attention = Attention(
             width, heads, kv_heads, output_std=output_std, dtype=dtype, rngs=rngs
         )
-        self.mlp_norm = rms_norm(width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = rms_norm(width, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(width, hidden, output_std=output_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: int) -> jax.Array:
@@ -174,7 +175,7 @@ class Llama(nnx.Module):
                 for _ in range(depth)
             ]
         )
-        self.norm = rms_norm(width, dtype=jnp.float32, rngs=rngs)
+        self.norm = rms_norm(width, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
         self.head = _linear(width, num_classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
