@@ -35,7 +35,7 @@ FILES = {
 WEIGHT_TYPES = {  # the first one by default
     "packed": ("",),
     "onnx": ("int4", "int2", "float"),
-    "gguf": ("", "Q1_0", "TQ2_0", "TQ1_0", "Q4_0", *llama_gguf.UNCONSTRAINED),
+    "gguf": ("", "Q1_0", "TQ2_0", "TQ1_0", "Q4_0", "F16", "F32"),
 }
 
 
@@ -66,12 +66,18 @@ def export_onnx(run: Run, path: Path, weight_type: str) -> dict[str, float]:
     return deploy.onnx_accuracy(path, run.batches(), run.preprocess)
 
 
-def export_gguf(run: Run, path: Path, weight_type: str) -> None:
+def export_gguf(run: Run, path: Path, weight_type: str, other_type: str) -> None:
     """Writes the GGUF file, and prints how exact it is and how many bits a weight takes."""
-    state = run.state
-    opt_state = state.opt_state if is_constrained(run.config) else None
+    state, opt_state = run.state, run.state.opt_state
+    if not is_constrained(run.config):
+        opt_state = None
+        if weight_type:
+            raise ValueError(
+                f"--weight_type={weight_type} is for constrained weights, and this run has none: "
+                f"give --other_type={' or '.join(llama_gguf.OTHER_TYPES)}"
+            )
     difference = llama_gguf.export_llama(
-        path, run.config, state.params, opt_state, weight_type or None
+        path, run.config, state.params, opt_state, weight_type or None, other_type
     )
     print(f"weights read back from the file differ by {difference:.1e} of their row's largest")
     bits = 8 * path.stat().st_size / (float32_bytes(state.params) / 4)
@@ -112,7 +118,7 @@ def main(argv: list[str]) -> None:
         weight_type = chosen_type(kind, FLAGS.weight_type)
         run = restore(workdir, changes, FLAGS.limit or None)
         if kind == "gguf":
-            export_gguf(run, path, weight_type)
+            export_gguf(run, path, weight_type, FLAGS.other_type)
         else:
             check_constrained(run, workdir)
             if kind == "onnx":
@@ -139,6 +145,7 @@ if __name__ == "__main__":
         f"Of the constrained weights: in ONNX {', '.join(WEIGHT_TYPES['onnx'])}; in GGUF "
         f"{', '.join(WEIGHT_TYPES['gguf'][1:])}, by default what their levels need.",
     )
+    flags.DEFINE_enum("other_type", "F32", llama_gguf.OTHER_TYPES, "Of the other matrices in GGUF.")
     flags.DEFINE_bool("round", False, "Snap remaining weights to the nearest level.")
     flags.DEFINE_string("data", "", "tfds, folder, cifar10, ... instead of the run's.")
     flags.DEFINE_string("data_dir", "", "The folder of the data.")

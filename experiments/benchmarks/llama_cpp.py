@@ -3,10 +3,11 @@
     cd experiments && python -m benchmarks.llama_cpp --runs=RUNS/full_precision,RUNS/ternary_closing
 
 Takes runs of the network `llama`, of one width or several. A run in full precision is written as
-F32 and Q8_0, a constrained one as F32 and in the low-bit types that hold its levels. Bits per byte
-are of windows of the run's test part, by JAX and by llama.cpp. For tokens per second the files take
-turns, so that other load affects them all, and the medians count. Writes `results/llama_cpp.json`
-and `.md`. It needs the extra `llama`, and is not part of `python -m benchmarks`.
+F32 and Q8_0; a constrained one as F32, and in the low-bit types that hold its levels, with
+embedding and head in F32 and in Q8_0. Bits per byte are of windows of the run's test part, by JAX
+and by llama.cpp. For tokens per second the files take turns, so that other load affects them all,
+and the medians count. Writes `results/llama_cpp.json` and `.md`. It needs the extra `llama`, and is
+not part of `python -m benchmarks`.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from flax import nnx
 import cbp_jax
 
 LIBRARIES = ("xllamacpp", "gguf")
-FLOAT = "F32"
+FLOAT, OTHER = "F32", "Q8_0"
 LOW_BIT = {
     "binary": ("Q1_0",),
     "ternary": ("TQ2_0", "TQ1_0"),
@@ -91,10 +92,13 @@ def describe(run: Run) -> dict[str, Any]:
     return {**sizes, "constraint": config.constraint, "weights": weights}
 
 
-def file_types(run: Run) -> tuple[str, ...]:
-    """Returns the types of weights to write a run in, F32 first."""
-    low = LOW_BIT.get(run.config.constraint, ()) if is_constrained(run.config) else ("Q8_0",)
-    return (FLOAT, *low)
+def file_types(run: Run) -> dict[str, tuple[str | None, str]]:
+    """Returns the types of constrained weights and of the others, by the file's name; F32 first."""
+    if not is_constrained(run.config):
+        return {FLOAT: (None, FLOAT), OTHER: (None, OTHER)}
+    low = LOW_BIT.get(run.config.constraint, ())
+    types: dict[str, tuple[str | None, str]] = {kind: (kind, FLOAT) for kind in (FLOAT, *low)}
+    return types | {f"{kind}, {OTHER}": (kind, OTHER) for kind in low[:1]}
 
 
 def compare(loaded: LlamaCpp, passage: Passage) -> dict[str, Any]:
@@ -143,17 +147,12 @@ def measure(
         for number, workdir in enumerate(workdirs):
             Summary.read(workdir)  # raises if the run has not finished
             run = restore(workdir, {"dtype": "float32"}, windows, test=True)
-            state, constrained = run.state, is_constrained(run.config)
-            opt_state, parameters = state.opt_state, float32_bytes(state.params) // 4
-            paths = {kind: folder / f"{number}_{kind}.gguf" for kind in file_types(run)}
-            deviations = {
-                kind: export_llama(
-                    path, run.config, state.params, opt_state if constrained else None, kind
-                )
-                for kind, path in paths.items()
-            }
+            state, parameters = run.state, float32_bytes(run.state.params) // 4
+            opt_state = state.opt_state if is_constrained(run.config) else None
             passage = read_passage(run)
-            for kind, path in paths.items():
+            for kind, types in file_types(run).items():
+                path = folder / f"{number}_{kind}.gguf"
+                deviation = export_llama(path, run.config, state.params, opt_state, *types)
                 loaded = stack.enter_context(LlamaCpp(path, threads))
                 timed[path.stem] = (loaded, passage.tokens[0])
                 rows[path.stem] = {
@@ -163,7 +162,7 @@ def measure(
                     "parameters": parameters,
                     "bytes": path.stat().st_size,
                     "bits_per_weight": 8 * path.stat().st_size / parameters,
-                    "weights_differ": deviations[kind],
+                    "weights_differ": deviation,
                     "bits_per_byte_jax": bits_per_byte(passage.expected, passage.labels),
                     "bytes_of_text": int(passage.labels.size),
                     **compare(loaded, passage),
@@ -219,27 +218,23 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"### Width {row['width']}, {row['weights']}, {row['file']}\n```text\n{row['text']}\n```"
         for row in files
     ]
-    return (
-        "\n\n".join(
-            [
-                "# Llamas in llama.cpp\n"
-                f"{results['cpu']}, {results['threads']} of {results['cores']} cores, {libraries}, jax "
-                f"{results['jax']}; medians over {results['rounds']} rounds in which each file is "
-                "timed once, by llama.cpp's clock. By `python -m benchmarks.llama_cpp`.",
-                f"Bits per byte are of {files[0]['bytes_of_text']:,} bytes of held-out text; the "
-                "difference is the largest from JAX of the log-probabilities of all bytes there. "
-                "`F32` holds the run's weights, on their levels if they are constrained; embedding and "
-                "head are F32 beside low-bit layers. Tokens per second are of generation and of "
-                "reading a prompt, over F32 the medians of the rounds' ratios to the same run's `F32`. "
-                "Keys and values are float32.",
-                table(results),
-                f"## Text\nThe likeliest bytes after {files[0]['prompt']!r}:",
-                *texts,
-                "These results are of one run on one machine; others may differ.",
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        "# Llamas in llama.cpp\n"
+        f"{results['cpu']}, {results['threads']} of {results['cores']} cores, {libraries}, jax "
+        f"{results['jax']}; medians over {results['rounds']} rounds in which each file is timed "
+        "once, by llama.cpp's clock. By `python -m benchmarks.llama_cpp`.",
+        f"Bits per byte are of {files[0]['bytes_of_text']:,} bytes of held-out text; the "
+        "difference is the largest from JAX's log-probabilities of all bytes there. `F32` holds "
+        "the run's weights, on their levels if they are constrained; beside low-bit layers, "
+        "embedding and head are F32, or Q8_0 where that is named. Tokens per second are of "
+        "generation and of reading a prompt; over F32: the median of the rounds' ratios to the "
+        "same run's `F32`. Keys and values are float32.",
+        table(results),
+        f"## Text\nThe likeliest bytes after {files[0]['prompt']!r}:",
+        *texts,
+        "These results are of one run on one machine; others may differ.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> None:

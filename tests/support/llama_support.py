@@ -41,7 +41,7 @@ def log_probabilities(model, tokens):
     return np.asarray(jax.nn.log_softmax(model(np.asarray(tokens, np.int32)[None])[0]))
 
 
-def write(path, params, opt_state=None, weight_type=None):
+def write(path, params, opt_state=None, weight_type=None, other_type="F32"):
     """Writes the file; returns its path."""
-    export_llama(path, CONFIG, params, opt_state, weight_type)
+    export_llama(path, CONFIG, params, opt_state, weight_type, other_type)
     return path

@@ -18,7 +18,7 @@ from common.models.llama import NORM_EPSILON, ROTARY_BASE
 
 PyTree = Any
 GGUF_FILE = "model.gguf"
-UNCONSTRAINED = ("F32", "F16", "Q8_0")  # types of weights in full precision
+OTHER_TYPES = ("F32", "F16", "Q8_0")  # of weights that are not constrained
 
 _END = BYTES - 1
 _OUTSIDE = {
@@ -45,6 +45,7 @@ def export_llama(
     params: PyTree,
     opt_state: PyTree | None,
     weight_type: str | None = None,
+    other_type: str = "F32",
 ) -> float:
     """Writes the file; returns how far its weights are off, as `cbp_jax.export_gguf` does.
 
@@ -53,21 +54,13 @@ def export_llama(
       config: of the run.
       params: latent weights.
       opt_state: of the optimizer that constrained them; None for a network in full precision.
-      weight_type: of the constrained layers, None for what their levels need; in full precision,
-        one of UNCONSTRAINED for all matrices, None for "F32".
+      weight_type: of the constrained layers; None for what their levels need.
+      other_type: of embedding and head, and of all layers in full precision; one of OTHER_TYPES.
 
     Raises:
       ImportError: if gguf is not installed.
-      ValueError: if the network is another one, or a layer does not fit the type.
+      ValueError: if the network is another one, or a layer does not fit its type.
     """
-    other_type = "F32"  # in a constrained network, of the embedding and the head
-    if opt_state is None:
-        weight_type, other_type = None, weight_type or other_type
-        if other_type not in UNCONSTRAINED:
-            raise ValueError(
-                f"weights in full precision cannot be {other_type}: give "
-                f"{' or '.join(UNCONSTRAINED)}"
-            )
     return cbp_jax.export_gguf(
         path,
         params,

@@ -65,17 +65,14 @@ def test_letters_are_those_of_gpt2():
     assert (letters[0xC3], letters[0xFE]) == ("Ã", "þ")
 
 
-def test_types_of_full_precision(network, tmp_path):
+def test_types_of_the_other_layers(network, tmp_path):
     _, params, state = network
-    reader = gguf.GGUFReader(write(tmp_path / "m", params, weight_type="Q8_0"))
-    kinds = {t.name: t.tensor_type.name for t in reader.tensors}
-    assert {kinds.pop("output_norm.weight")} == {"F32"}
-    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"Q8_0"}
-    with pytest.raises(ValueError, match="full precision cannot be TQ2_0: give F32 or F16 or Q8_0"):
-        write(tmp_path / "n", params, weight_type="TQ2_0")
-    with pytest.raises(ValueError, match="no weight type 'Q8_0', asked for 'blocks/0/attention/k"):
-        write(tmp_path / "n", params, state("ternary"), "Q8_0")
-    assert not (tmp_path / "n").exists()
+    for opt_state, inside in ((None, "Q8_0"), (state("ternary"), "TQ2_0")):
+        file = write(tmp_path / "m", params, opt_state, other_type="Q8_0")
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+        assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+        assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+        assert {kind for name, kind in kinds.items() if "ffn_down" in name} == {inside}
 
 
 def test_other_networks_are_refused():
