@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 from common.report.llama_cpp import LlamaCpp
 from llama_support import SIZES, log_probabilities, random_llama, write
@@ -124,12 +125,29 @@ def test_text_is_the_likeliest(network, loaded):
     assert loaded.generate("To be", 12) == expected
 
 
-def test_speed(loaded):
-    speed = loaded.speed(TOKENS[:20], 20)
-    assert min(speed) > 0
-    # A prompt is read anew although llama.cpp knows it.
-    again = loaded.complete(TOKENS[:20], 1, cache_prompt=False)
-    assert again["timings"]["prompt_n"] == 20
+def test_speed(loaded, monkeypatch):
+    """Of the whole prompt, read anew although llama.cpp knows it, and of all that is generated."""
+    answers, complete = [], loaded.complete
+
+    def record(*args, **options):
+        answers.append(complete(*args, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(loaded, "complete", record)
+    for _ in range(2):
+        speed = loaded.speed(TOKENS[:20], 12)
+        timings = answers[-1]["timings"]
+        assert (timings["prompt_n"], timings["predicted_n"]) == (20, 12)
+        assert speed.prompt == pytest.approx(20_000 / timings["prompt_ms"])
+        assert speed.generation > 0
+
+
+def test_the_page(network, tmp_path, monkeypatch, capsys):
+    _, params, state = network
+    monkeypatch.chdir(tmp_path)
+    write("model.gguf", params, state("ternary"))
+    exec(pages.block("llama"), {})
+    assert len(capsys.readouterr().out) > 1
 
 
 def test_what_llama_cpp_refuses(loaded, tmp_path):
