@@ -184,7 +184,7 @@ def measure(
 
 HEADER = (
     *("width", "weights", "file", "MB", "bits per weight", "bits per byte, JAX", "llama.cpp"),
-    *("largest difference", "tokens/s", "over F32", "prompt, tokens/s", "over F32"),
+    *("largest difference", "tokens/s", "over F32", "prompt, tokens/s", "prompt over F32"),
 )
 
 

@@ -1,5 +1,7 @@
 """GGUF files in llama.cpp give JAX's log-probabilities, from tokens that are bytes."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pages
@@ -148,6 +150,12 @@ def test_the_page(network, tmp_path, monkeypatch, capsys):
     write("model.gguf", params, state("ternary"))
     exec(pages.block("llama"), {})
     assert len(capsys.readouterr().out) > 1
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ImportError, match=r'pip install "cbp_jax\[llama\]"'):
+        LlamaCpp(tmp_path / "m")
 
 
 def test_what_llama_cpp_refuses(loaded, tmp_path):
