@@ -3,7 +3,7 @@
     python experiments/export.py --workdir=runs/digits/binary --format=packed --round
     python experiments/export.py --workdir=runs/digits/binary --format=onnx --weight_type=int2
     python experiments/export.py --workdir=runs/resnet50_binary --data_dir=DIR --limit=1000
-    python experiments/export.py --workdir=runs/llama/ternary_closing --format=gguf
+    python experiments/export.py --workdir=runs/shakespeare_llama/ternary_closing --format=gguf
 
 A packed file (`cbp_jax.load_packed` reads it) holds the weights in the bits of their constraint; an
 ONNX file holds the whole network, for ONNX Runtime, and a GGUF file that of a Llama, for llama.cpp.

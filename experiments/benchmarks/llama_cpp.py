@@ -86,10 +86,13 @@ def describe(run: Run) -> dict[str, Any]:
     """Returns what tells runs apart."""
     config = run.config
     sizes = {name: config[name] for name in ("width", "depth", "hidden", "context")}
-    if not is_constrained(config):
-        return {**sizes, "constraint": "", "weights": "full precision"}
-    weights = f"{config.constraint}, {METHODS[config.method]}"
-    return {**sizes, "constraint": config.constraint, "weights": weights}
+    constraint, weights = "", "full precision"
+    if is_constrained(config):
+        constraint = config.constraint
+        weights = f"{constraint}, {METHODS[config.method]}"
+    if config.teacher:
+        weights += ", distilled"
+    return {**sizes, "constraint": constraint, "weights": weights}
 
 
 def file_types(run: Run) -> dict[str, tuple[str | None, str]]:
