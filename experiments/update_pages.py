@@ -47,6 +47,8 @@ Fashion-MNIST and CIFAR-10:
       --config.figures=False
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
+    # RUNS: finished runs of shakespeare_llama.py, of two widths
+    (cd experiments && python -m benchmarks.llama_cpp --runs=RUNS)
     (cd experiments && python -m faults)
     python experiments/update_pages.py
 """
@@ -59,7 +61,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks import closing, page, timing
+from benchmarks import closing, llama_cpp, page, timing
 from common.report import comparison
 from common.report.claims import claims_table
 from common.report.layers import layers_table
@@ -168,6 +170,12 @@ def advice_table() -> str:
     return closing.table([found[key] for key in _ADVICE])
 
 
+def llama_table() -> str:
+    """Size, exactness and speed of Llamas in llama.cpp."""
+    path = timing.RESULTS / "llama_cpp.json"
+    return llama_cpp.table(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+
+
 def study_tables() -> dict[str, str]:
     """Results and tuning of each study, what it says about layers, and the paper's claims."""
     studies, found = RESULTS / "study", {}
@@ -210,6 +218,7 @@ def tables() -> dict[str, str]:
         "closing": advice_table(),
         **study_tables(),
         "text_llama": plain_table("text_llama"),
+        "llama_cpp": llama_table(),
         "cost": page.aims(),
         "faults": faults_page.faults_table(),
         "readers": faults_page.readers_table(),

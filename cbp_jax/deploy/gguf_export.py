@@ -20,7 +20,7 @@ from cbp_jax.deploy.gguf_metadata import (
     check_metadata,
     typed_metadata,
 )
-from cbp_jax.deploy.gguf_tensors import FLOATS, ByPath, FileTensor, plan_tensors
+from cbp_jax.deploy.gguf_tensors import FLOATS, Q8_0, ByPath, FileTensor, plan_tensors
 from cbp_jax.deploy.onnx_weights import level_integers
 from cbp_jax.masking import PyTree
 
@@ -32,7 +32,7 @@ _TOLERANCE = 2.0**-6
 def export_gguf(
     path: str | os.PathLike[str],
     params: PyTree,
-    opt_state: optax.OptState,
+    opt_state: optax.OptState | None,
     *,
     names: ByPath,
     metadata: Mapping[str, Any],
@@ -60,7 +60,8 @@ def export_gguf(
     Args:
       path: the file to write.
       params: the latent weights. All leaves that are arrays are written.
-      opt_state: any optimizer state with one or more links' states in it.
+      opt_state: any optimizer state with one or more links' states in it; None: nothing is
+        constrained, and `other_type` is the type of all weights.
       names: the tensor's name for each leaf's path, whose keys are joined by "/": a mapping, or a
         function. A name with "{}" in it is that of one tensor per layer, for leaves whose first
         axis is that of the layers, as `nnx.scan` stacks them: "blk.{}.attn_q.weight".
@@ -70,15 +71,16 @@ def export_gguf(
       weight_type: the type of constrained leaves. None takes "Q1_0", "TQ2_0" or "Q4_0", the first
         that holds the levels; "F16" and "F32" hold any. A mapping or a function from paths gives
         each leaf its own, or None.
-      other_type: the type of unconstrained leaves, "F32" or "F16". Tensors of one axis are always
-        F32, as llama.cpp wants them.
+      other_type: the type of unconstrained leaves, "F32", "F16", or "Q8_0", which rounds them to 8
+        bits in rows of 32 k weights. Tensors of one axis are always F32, as llama.cpp wants them.
       transpose: patterns, as in `select`, of the leaves whose last two axes are swapped; None
         matches those named "kernel" or "w".
 
     Returns:
       How far the weights, read back from the file, are from `quantize(params, opt_state)`: the
       largest difference relative to the largest absolute value of the row, or of the tensor if it
-      is unconstrained. It is 0 if all are equal, and about 5e-4 at most if float16 rounds scales.
+      is unconstrained. It is 0 if all are equal, about 5e-4 at most if float16 rounds scales, and
+      4e-3 if "Q8_0" rounds weights.
 
     Raises:
       ImportError: if gguf is not installed.
@@ -130,16 +132,19 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            writer.write_tensor_data(_stored(tensor))
+            writer.write_tensor_data(_stored(gguf, tensor))
     finally:
         writer.close()
 
 
-def _stored(tensor: FileTensor) -> np.ndarray:
+def _stored(gguf: ModuleType, tensor: FileTensor) -> np.ndarray:
     """A tensor as the file holds it: floats, or the bytes of its rows."""
     if tensor.kind in FLOATS:
         with np.errstate(over="ignore"):  # which _compare finds
             return np.ascontiguousarray(_wanted(tensor).astype(FLOATS[tensor.kind]))
+    if tensor.kind == Q8_0:
+        with np.errstate(over="ignore", invalid="ignore"):  # which _compare finds
+            return gguf.quants.quantize(_wanted(tensor), gguf.GGMLQuantizationType.Q8_0)
     assert tensor.constraint is not None
     kind, found = BLOCK_TYPES[tensor.kind], level_integers(tensor.constraint)
     assert found is not None  # or the plan would not have chosen the type

@@ -25,6 +25,8 @@ from cbp_jax.state import ConstrainedLeaf, constrained_leaves
 ByPath = Mapping[str, str] | Callable[[str], str | None]
 
 FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+Q8_0 = "Q8_0"  # rounds weights that are not constrained; a block has 32 bytes and a float16 scale
+_Q8_0_WEIGHTS, _Q8_0_BYTES = 32, 34  # per block
 _KERNELS = r"(.*/)?(kernel|w)"
 _LONGEST_NAME = 63  # bytes, in llama.cpp
 
@@ -52,6 +54,8 @@ class FileTensor(NamedTuple):
         """The bytes of the tensor in the file."""
         if self.kind in FLOATS:
             return math.prod(self.shape) * FLOATS[self.kind].itemsize
+        if self.kind == Q8_0:
+            return math.prod(self.shape) // _Q8_0_WEIGHTS * _Q8_0_BYTES
         kind = BLOCK_TYPES[self.kind]
         return math.prod(self.shape) // kind.size * kind.nbytes
 
@@ -73,7 +77,7 @@ class FileTensor(NamedTuple):
 
 def plan_tensors(
     params: PyTree,
-    opt_state: optax.OptState,
+    opt_state: optax.OptState | None,
     names: Any,
     weight_type: Any,
     other_type: Any,
@@ -85,9 +89,10 @@ def plan_tensors(
       ValueError: if the names, the types or the leaves do not fit; the error names the leaf.
       TypeError: if a leaf is not made of floating-point numbers, or an argument is of no such kind.
     """
-    if not isinstance(other_type, str) or other_type not in FLOATS:
-        raise ValueError(f"other_type must be 'F32' or 'F16', got {shown(other_type)}")
-    constrained = {path_string(leaf.path): leaf for leaf in constrained_leaves(params, opt_state)}
+    if not isinstance(other_type, str) or other_type not in {*FLOATS, Q8_0}:
+        raise ValueError(f"other_type must be 'F32', 'F16' or 'Q8_0', got {shown(other_type)}")
+    found = () if opt_state is None else constrained_leaves(params, opt_state)
+    constrained = {path_string(leaf.path): leaf for leaf in found}
     leaves = [
         (path_string(path), leaf)
         for path, leaf in flatten_with_paths(params)
@@ -120,8 +125,10 @@ def plan_tensors(
             taken[tensor.name] = path
             if len(tensor.shape) < 2:
                 kind = "F32"
+            elif part is not None:
+                kind = _choose_type(tensor, asked[path])
             else:
-                kind = other_type if part is None else _choose_type(tensor, asked[path])
+                kind = _check_rows(tensor, other_type)
             yield tensor._replace(kind=kind)
 
 
@@ -173,6 +180,17 @@ def _tensors_of(
                 f"{path!r} cannot be named {shown(own)}: a name has 1 to {_LONGEST_NAME} bytes"
             )
         yield FileTensor(own, "", path, leaf, constraint, scale, layer, kernel and axes == 2)
+
+
+def _check_rows(tensor: FileTensor, other_type: str) -> str:
+    """Returns the type of an unconstrained tensor, if its rows are whole blocks."""
+    row = tensor.shape[-1]
+    if other_type == Q8_0 and row % _Q8_0_WEIGHTS:
+        raise ValueError(
+            f"{tensor.path!r} cannot be Q8_0: its rows have {row} weights, no multiple of "
+            f"{_Q8_0_WEIGHTS}. Give other_type as 'F32' or 'F16'"
+        )
+    return other_type
 
 
 def _choose_type(tensor: FileTensor, asked: str | None) -> str:

@@ -57,7 +57,8 @@ _OTHERS = """
 ## Other benchmarks
 Deployment and reading data, each with its own command:
 [packed weights in JAX](results/inference_memory.md), [ONNX Runtime](results/onnx_runtime.md),
-[decoders of photos](results/decoders.md).
+[decoders of photos](results/decoders.md),
+[Llamas in llama.cpp](../../docs/llama.md#size-and-speed).
 """
 
 

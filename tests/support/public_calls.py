@@ -332,7 +332,7 @@ CASES = {
                 st.sampled_from(["Q1_0", "TQ2_0", "TQ1_0", "Q4_0", "F32"]), TEXT, FUNCTIONS,
                 st.dictionaries(st.sampled_from(["layer/kernel", "layer/bias"]), TEXT),
             ),
-            "other_type": st.one_of(st.just("F16"), TEXT, THINGS),
+            "other_type": st.one_of(st.sampled_from(["F16", "Q8_0"]), TEXT, THINGS),
         },
     ),
     "float16_scale": Case(

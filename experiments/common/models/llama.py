@@ -2,7 +2,8 @@
 
 Embedding and head are apart, and stay in full precision. Nothing has a bias. Heads are rotated in
 pairs of neighbouring channels, as Meta's weights and llama.cpp's `llama` have them (Hugging Face's
-pair a channel with that half a head away). Sizes are those that files in GGUF name.
+pair a channel with that half a head away: `neighbouring_pairs` reorders their kernels). Sizes are
+those that files in GGUF name.
 """
 
 from typing import ClassVar
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from common.models.layers import rms_norm
 
 ROTARY_BASE = 10_000.0
+NORM_EPSILON = 1e-5
 _STD = 0.02  # of initial weights
 
 
@@ -95,11 +97,11 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = rms_norm(width, dtype=dtype, rngs=rngs)
+        self.attention_norm = rms_norm(width, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs)
         self.attention = Attention(
             width, heads, kv_heads, output_std=output_std, dtype=dtype, rngs=rngs
         )
-        self.mlp_norm = rms_norm(width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = rms_norm(width, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(width, hidden, output_std=output_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: int) -> jax.Array:
@@ -173,7 +175,7 @@ class Llama(nnx.Module):
                 for _ in range(depth)
             ]
         )
-        self.norm = rms_norm(width, dtype=jnp.float32, rngs=rngs)
+        self.norm = rms_norm(width, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
         self.head = _linear(width, num_classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -207,6 +209,28 @@ def rotate(x: jax.Array) -> jax.Array:
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def neighbouring_pairs(kernel: jax.Array, heads: int) -> jax.Array:
+    """Reorders a kernel of queries or keys from pairs half a head apart to pairs of neighbours.
+
+    Hugging Face's Llama pairs channel i of a head's c with i + c/2, which are 2i and 2i + 1 here.
+    Products of queries and keys stay the same if both are reordered.
+
+    Args:
+      kernel: of the layer, (inputs, heads * c).
+      heads: of its output; for keys, those of the keys.
+
+    Raises:
+      ValueError: if the outputs are not `heads` times an even number of channels.
+    """
+    inputs, outputs = kernel.shape
+    if outputs % (2 * heads):
+        raise ValueError(
+            f"{outputs} outputs are not {heads} heads of an even number of channels each"
+        )
+    halves = kernel.reshape(inputs, heads, 2, -1)
+    return halves.swapaxes(2, 3).reshape(inputs, outputs)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

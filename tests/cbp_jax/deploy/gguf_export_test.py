@@ -122,6 +122,53 @@ def test_other_leaves(tmp_path):
     assert_same_bits(tensors["head/kernel"][1], params["head"]["kernel"].astype(np.float16))
 
 
+def test_weights_rounded_to_8_bits(tmp_path):
+    """Of full precision: integers of a float16 scale in blocks of 32, of tensors with two axes."""
+    params = {
+        "up": {"kernel": normal(64, 3), "bias": normal(64)},
+        "embed": {"embedding": jnp.asarray(normal(5, 32), jnp.bfloat16)},
+    }
+    deviation = export(tmp_path / "m", params, None, lambda path: path, other_type="Q8_0")
+    assert 0 < deviation <= 2.0**-8
+    tensors = read(tmp_path / "m")
+    assert [kind for kind, _ in tensors.values()] == ["Q8_0", "F32", "Q8_0"]
+    assert_same_bits(tensors["up/bias"][1], params["up"]["bias"])
+    embedding = np.asarray(params["embed"]["embedding"], np.float32)
+    for name, wanted in (("up/kernel", params["up"]["kernel"].T), ("embed/embedding", embedding)):
+        blocks = np.float64(wanted).reshape(-1, 32)
+        step = np.abs(blocks).max(axis=1, keepdims=True) / 127
+        read_back = tensors[name][1].reshape(-1, 32)
+        # Half a step of rounding, and the rounding of 127 steps to float16.
+        assert (np.abs(read_back - blocks) <= (0.5 + 127 * 2.0**-11) * step * 1.001).all()
+        integers = read_back / step.astype(np.float16)
+        np.testing.assert_allclose(integers, np.round(integers), atol=1e-4)
+
+
+def test_full_precision_has_no_state(tmp_path):
+    kernel = {"kernel": normal(64, 3)}
+    for other_type, dtype in (("F32", np.float32), ("F16", np.float16)):
+        export(tmp_path / "m", kernel, None, lambda path: path, other_type=other_type)
+        ((kind, weights),) = read(tmp_path / "m").values()
+        assert kind == other_type
+        assert_same_bits(weights, kernel["kernel"].T.astype(dtype))
+
+
+def test_rows_that_8_bits_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"'kernel' cannot be Q8_0: .* 33 weights.*'F32' or 'F16'"):
+        export(
+            tmp_path / "m", {"kernel": normal(33, 3)}, None, lambda path: path, other_type="Q8_0"
+        )
+    with pytest.raises(ValueError, match="'kernel' as Q8_0 would differ"):  # a scale of 0
+        export(
+            tmp_path / "m",
+            {"kernel": normal(32, 3, scale=1e-9)},
+            None,
+            lambda path: path,
+            other_type="Q8_0",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scales_that_float16_rounds(tmp_path):
     scale = 1 + 2.0**-11 + 2.0**-20  # above the middle between 1 and 1 + 2^-10
     deviation, wanted = export_kernel(
@@ -267,7 +314,7 @@ def test_types_that_do_not_fit(tmp_path):
     )  # fmt: skip
     refuse("no weight type 'Q8_0', asked for 'up/kernel'", path, kernel, weight_type="Q8_0")
     refuse("has 'up', but there is no such leaf", path, kernel, weight_type={"up": "F16"})
-    refuse("other_type must be 'F32' or 'F16'", path, kernel, other_type="Q4_0")
+    refuse("other_type must be 'F32', 'F16' or 'Q8_0'", path, kernel, other_type="Q4_0")
     refuse("scales along its rows", path, kernel, scale_axis=0)
     assert export_kernel(path, kernel, scale_axis=0, weight_type="F16")[0] == 0.0
     # A binary layer in a type for ternary ones.

@@ -35,7 +35,16 @@ def normalize(x, scale):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
 
 
-def attention(x, weights, heads, kv_heads):
+def rotate_halves(x):
+    """As Hugging Face does: x cos + rotate_half(x) sin, the angles repeated for both halves."""
+    length, _, channels = x.shape
+    frequencies = 10_000.0 ** (-np.arange(0, channels, 2) / channels)
+    angles = np.arange(length)[:, None, None] * np.concatenate([frequencies, frequencies])
+    first, second = np.split(x, 2, axis=-1)
+    return x * np.cos(angles) + np.concatenate([-second, first], axis=-1) * np.sin(angles)
+
+
+def attention(x, weights, heads, kv_heads, rotate):
     """One head and one position after another."""
     length, channels = len(x), x.shape[1] // heads
     q, k, v = ((x @ weights[name]["kernel"]).reshape(length, -1, channels) for name in "qkv")
@@ -53,12 +62,12 @@ def mlp(x, weights):
     return (gate / (1 + np.exp(-gate)) * up) @ weights["down"]["kernel"]
 
 
-def logits(params, tokens, heads, kv_heads):
+def logits(params, tokens, heads, kv_heads, rotate=rotate):
     """Of one window."""
     x = params["embed"]["embedding"][tokens]
     for _, block in sorted(params["blocks"].items()):
         y = normalize(x, block["attention_norm"]["scale"])
-        x = x + attention(y, block["attention"], heads, kv_heads)
+        x = x + attention(y, block["attention"], heads, kv_heads, rotate)
         x = x + mlp(normalize(x, block["mlp_norm"]["scale"]), block["mlp"])
     return normalize(x, params["norm"]["scale"]) @ params["head"]["kernel"]
 
@@ -77,6 +86,27 @@ def test_pairs_of_neighbours_turn():
     x = np.random.default_rng(0).normal(size=(3, 2, 9, 8)).astype(np.float32)
     expected = [rotate(window.swapaxes(0, 1)).swapaxes(0, 1) for window in np.float64(x)]
     np.testing.assert_allclose(llama.rotate(jnp.asarray(x)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_weights_of_a_network_that_rotates_halves(kv_heads):
+    """Logits are that network's once queries and keys are reordered, and not before."""
+    model, params = create(kv_heads=kv_heads)
+    exact = jax.tree.map(np.float64, params)
+    expected = [logits(exact, tokens, 4, kv_heads, rotate_halves) for tokens in TOKENS]
+    largest = np.abs(expected).max()
+    assert np.abs(model(jnp.asarray(TOKENS)) - np.array(expected)).max() > 0.1 * largest
+    for block in params["blocks"].values():
+        for name, heads in (("q", 4), ("k", kv_heads)):
+            layer = block["attention"][name]
+            layer["kernel"] = llama.neighbouring_pairs(jnp.asarray(layer["kernel"]), heads)
+    nnx.update(model, params)
+    np.testing.assert_allclose(model(jnp.asarray(TOKENS)), expected, atol=1e-4 * largest)
+
+
+def test_odd_heads_have_no_pairs():
+    with pytest.raises(ValueError, match="12 outputs are not 4 heads of an even number"):
+        llama.neighbouring_pairs(jnp.zeros((2, 12)), 4)
 
 
 def test_a_product_depends_on_the_distance_alone():

@@ -82,6 +82,32 @@ def test_export_rejects_what_is_no_constrained_run(digits, environment, tmp_path
     export.check_constrained(run, digits)
 
 
+def test_gguf_is_for_the_llama(digits, environment, tmp_path):
+    """Refused in one line, which says what there is instead."""
+    flags = (f"--workdir={digits}", "--format=gguf", f"--output={tmp_path / 'file'}")
+    code, printed = run_script("export.py", *flags, environment=environment)
+    assert (code, printed) == (
+        1,
+        "error: GGUF is for the network llama, and this one is small_conv: it can be written with "
+        "--format=packed or --format=onnx\n",
+    )
+    assert not (tmp_path / "file").exists()
+
+
+def test_types_of_weights():
+    assert export.chosen_type("onnx", "") == "int4"
+    assert export.chosen_type("onnx", "int2") == "int2"
+    assert (export.chosen_type("packed", ""), export.chosen_type("gguf", "")) == ("", "")
+    assert export.chosen_type("gguf", "TQ1_0") == "TQ1_0"
+    for kind, name, advice in (
+        ("onnx", "TQ1_0", "give int4 or int2 or float"),
+        ("gguf", "int4", "give Q1_0 or TQ2_0 or"),
+        ("packed", "int4", "leave it out"),
+    ):
+        with pytest.raises(ValueError, match=f"--format={kind} has no .*{name}: {advice}"):
+            export.chosen_type(kind, name)
+
+
 def test_a_file_of_another_network_is_refused(digits, tmp_path):
     packed = cbp_jax.load_packed(digits / "weights.safetensors")
     tensors = {name: tensor for name, tensor in packed.tensors.items() if name != "conv3/kernel"}
