@@ -109,9 +109,8 @@ def main(argv: list[str]) -> None:
         "data": FLAGS.data,
         "data_dir": FLAGS.data_dir,
         "eval_batch_size": FLAGS.batch_size,
-        "dtype": "float32"
-        if kind == "onnx"
-        else "",  # ONNX Runtime does not convolve bfloat16 on a CPU
+        # ONNX Runtime does not convolve bfloat16 on a CPU.
+        "dtype": "float32" if kind == "onnx" else "",
     }
     scores = None
     try:

@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.constraints = ("ternary", "binary")  # of the study
     config.methods = ("full_precision", "ste", "closing", "cbp")
     config.distilled = True  # each method once more, with the pre-trained weights as its teacher
+    config.distillation, config.temperature = 0.9, 1.0
     config.data = "text"
     config.text = ""  # a file, or a folder of .txt and .py files; empty: the standard library
     config.num_classes = 256

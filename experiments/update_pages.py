@@ -42,12 +42,14 @@ Fashion-MNIST and CIFAR-10:
     $study/resnet20 $resnet20 $both --config.methods="('closing',)" --config.seeds=2
     $study/resnet20_course $resnet20 --config.variants=course --config.closes_at="(0.8,)" \\
       --config.strengths="(10.0,)" --config.learning_rates="(0.03,)" $binary --config.seeds=1
-    python experiments/text_llama.py --workdir=$results/text_llama --config.text=FILE \\
-      --config.methods="('ste','closing')" --config.epochs=16 --config.closes_at=0.8 \\
-      --config.figures=False
+    llama="python experiments/shakespeare_llama.py --config.text=FILE"
+    $llama --workdir=$results/shakespeare_llama
+    $llama --workdir=$results/shakespeare_llama_512 --config.width=512 --config.hidden=1536 \\
+      --config.heads=8 --config.kv_heads=4 --config.pretrain_epochs=40 --config.epochs=8 \\
+      --config.methods="('closing',)" --config.teacher=pretrained --config.distilled=False
     (cd experiments && python -m benchmarks)   # on a machine that does nothing else
     (cd experiments && python -m benchmarks.closing)
-    # RUNS: finished runs of shakespeare_llama.py, of two widths
+    # RUNS: of both widths, in full precision, and ternary and binary by closing with a teacher
     (cd experiments && python -m benchmarks.llama_cpp --runs=RUNS)
     (cd experiments && python -m faults)
     python experiments/update_pages.py
@@ -61,12 +63,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shakespeare_llama
 from benchmarks import closing, llama_cpp, page, timing
+from common import study
 from common.report import comparison
+from common.report.bits import bits_table
 from common.report.claims import claims_table
 from common.report.layers import layers_table
 from common.report.splitting import plot_splitting
-from common.report.tables import format_table, results_table
+from common.report.tables import format_table
 from common.report.workdir import METHODS, Summary, read_metrics
 from faults import page as faults_page
 
@@ -140,10 +145,12 @@ def short_run_table(experiment: str) -> str:
     return format_table(header, rows)
 
 
-def plain_table(experiment: str) -> str:
-    """One row per run below a folder of results, with all that its summary says."""
-    files = sorted((RESULTS / experiment).glob("*/summary.json"))
-    return results_table([Summary.read(file.parent) for file in files])
+def text_table(experiment: str) -> str:
+    """Bits per byte of each run of a study on text."""
+    folder, config = RESULTS / experiment, shakespeare_llama.get_config()
+    runs = [folder / entry.name for entry in study.entries(config)]
+    found = [Summary.read(run) for run in runs if (run / "summary.json").exists()]
+    return bits_table(Summary.read(folder / study.PRETRAIN), found)
 
 
 # Rows of `closing` that docs/settings.md shows: optimizer, multiplier rate, growth of the window.
@@ -217,7 +224,7 @@ def tables() -> dict[str, str]:
         "cifar10_resnet20": short_run_table("cifar10_resnet20"),
         "closing": advice_table(),
         **study_tables(),
-        "text_llama": plain_table("text_llama"),
+        "shakespeare_llama": text_table("shakespeare_llama"),
         "llama_cpp": llama_table(),
         "cost": page.aims(),
         "faults": faults_page.faults_table(),
