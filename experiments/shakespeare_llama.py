@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.1
     config.pretrain_learning_rate = 2e-3
     config.learning_rate = 1e-3
-    config.multiplier_learning_rate = 3e-3
+    config.multiplier_learning_rate = 1e-3
     config.patience = 1
     config.scale_per_output = True  # GGUF repeats a scale for every 128 or 256 weights anyway
     config.scale_dtype = "float16"
