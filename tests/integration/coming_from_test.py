@@ -27,7 +27,7 @@ def sections():
 
 
 def model_fn(params, x):
-    for name in ("conv1", "middle", "head"):
+    for name in ("conv1", "mlp", "head"):
         x = x @ params[name]["kernel"]
     return x + params["head"]["bias"]
 
@@ -36,7 +36,7 @@ def model_fn(params, x):
 def user():
     """What the reader has: a network, its loss, and a mask."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = {"conv1": (8, 256), "middle": (256, 16), "head": (16, 3)}
+    shapes = {"conv1": (8, 256), "mlp": (256, 16), "head": (16, 3)}
     params = {
         name: {"kernel": jax.random.normal(key, shape) / 8}
         for key, (name, shape) in zip(keys, shapes.items(), strict=False)
@@ -52,7 +52,7 @@ def user():
         "x": x,
         "model_fn": model_fn,
         "loss_fn": lambda params: jnp.mean((model_fn(params, x) - 1) ** 2),
-        "mask": cbp_jax.select(include="middle/kernel"),
+        "mask": cbp_jax.select(include="mlp/kernel"),
         "names": {f"{name}/kernel": f"{name}.weight" for name in shapes}
         | {"head/bias": "head.bias"},
         "metadata": {"general.architecture": "llama"},
@@ -108,7 +108,7 @@ def test_bitnet(user):
         return w + jax.lax.stop_gradient(jnp.clip(jnp.round(w / scale), -1, 1) * scale - w)
 
     def bitnet_loss(params):
-        return loss_fn(params | {"middle": {"kernel": absmean(params["middle"]["kernel"])}})
+        return loss_fn(params | {"mlp": {"kernel": absmean(params["mlp"]["kernel"])}})
 
     theirs = ours = user["params"]
     state = cbp_jax.ste("ternary", mask=user["mask"]).init(ours)
@@ -117,8 +117,8 @@ def test_bitnet(user):
         state = cbp_jax.refit_scales(ours, state)
         grads = jax.grad(loss_fn)(cbp_jax.quantize(ours, state))
         ours = jax.tree.map(lambda w, g: w - rate * g, ours, grads)
-    np.testing.assert_allclose(ours["middle"]["kernel"], theirs["middle"]["kernel"], atol=1e-6)
-    moved = jnp.abs(ours["middle"]["kernel"] - user["params"]["middle"]["kernel"])
+    np.testing.assert_allclose(ours["mlp"]["kernel"], theirs["mlp"]["kernel"], atol=1e-6)
+    moved = jnp.abs(ours["mlp"]["kernel"] - user["params"]["mlp"]["kernel"])
     assert float(jnp.max(moved)) > 1e-3
 
 
@@ -126,4 +126,4 @@ def test_binary_levels_of_one(user):
     """Larq's levels are ±1 whatever the weights."""
     link = cbp_jax.ste("binary", mask=user["mask"], scale_fn=lambda w, kept_axes: jnp.ones(()))
     quantized = cbp_jax.quantize(user["params"], link.init(user["params"]))
-    np.testing.assert_array_equal(jnp.unique(quantized["middle"]["kernel"]), [-1, 1])
+    np.testing.assert_array_equal(jnp.unique(quantized["mlp"]["kernel"]), [-1, 1])
