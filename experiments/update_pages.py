@@ -153,7 +153,7 @@ def text_table(experiment: str) -> str:
     return bits_table(Summary.read(folder / study.PRETRAIN), found)
 
 
-# Rows of `closing` that docs/settings.md shows: optimizer, multiplier rate, growth of the window.
+# Rows of `closing` that are shown: optimizer, multiplier rate, growth of the window.
 _ADVICE = (
     ("SGD, constant", 0.0, ""),
     ("SGD, constant", 1e-3, "+10"),
@@ -167,7 +167,7 @@ _ADVICE = (
 
 
 def advice_table() -> str:
-    """The rows of the `closing` benchmark that the advice in docs/settings.md rests on."""
+    """The rows of `closing` that the advice in docs/when_it_does_not_close.md rests on."""
     rows = json.loads((timing.RESULTS / "closing.json").read_text())["runs"]
     found = {
         (row["optimizer"], row["rate"], row["growth"]): row
