@@ -48,6 +48,8 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build"]
+smartquotes = False  # "ternary" is a string
+toc_object_entries_show_parents = "hide"
 nitpicky = False  # types of JAX and optax would need their inventories from the network
 
 html_theme = "sphinx_book_theme"
@@ -158,7 +160,7 @@ def restructured(lines: list[str]) -> list[str]:
             if here < inside:
                 inside = 0
             if not inside and made and not previous and here >= indent + 4:
-                made += [" " * indent + "::", ""]
+                made += [" " * indent + ".. code-block:: none", ""]
                 inside = here
             if not inside:
                 indent = here

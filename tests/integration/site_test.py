@@ -121,8 +121,8 @@ def test_docstrings_become_restructured_text(conf):
     """
     assert conf.restructured([line[4:] if line.startswith("    ") else line
                               for line in docstring.splitlines()]) == [
-        "The `Param`\\ s of", "`a b`, `c d`.", "", "::", "", "    x = `y`", "",
-        "Returns:", "  : a `b`: c", "", "  ::", "", "      code", "",
+        "The `Param`\\ s of", "`a b`, `c d`.", "", ".. code-block:: none", "", "    x = `y`", "",
+        "Returns:", "  : a `b`: c", "", "  .. code-block:: none", "", "      code", "",
     ]  # fmt: skip
 
 
