@@ -50,7 +50,6 @@ extensions = [
 exclude_patterns = ["_build"]
 smartquotes = False  # "ternary" is a string
 toc_object_entries_show_parents = "hide"
-nitpicky = False  # types of JAX and optax would need their inventories from the network
 
 html_theme = "sphinx_book_theme"
 html_title = "cbp_jax"
