@@ -97,7 +97,7 @@ def shift(depth: int) -> Constraint:
 
 
 def uniform(bits: int) -> Constraint:
-    """Evenly spaced symmetric levels that include 0: `k * s` for |k| < 2^(bits - 1).
+    """Evenly spaced symmetric levels that include 0: `k * s` for `|k| < 2^(bits - 1)`.
 
     The step `s` minimises the mean squared error on Gaussian weights of mean absolute value 1, the
     default scale. With `sigma = sqrt(pi / 2)`, `t = s / sigma`, `K = 2^(bits - 1) - 1`, edges

@@ -34,35 +34,35 @@ class CBPState(NamedTuple):
     `cbp_jax.describe(state)` with it and call `cbp_jax.check_description` after restoring.
     """
 
-    # shape=(), int32: steps taken, saturating; informational
+    #: shape=(), int32: steps taken, saturating; informational
     count: jax.Array  # type: ignore[assignment]
-    step_in_epoch: jax.Array  # shape=(), int32: wraps at steps_per_epoch
-    started: jax.Array  # shape=(), bool: whether the first step has been taken
-    constraints: PyTree  # one Constraint per constrained leaf, part of the tree's structure
-    multipliers: PyTree  # one per constrained weight, sharded like it
-    weight_scale: PyTree  # per leaf, shape=() or with kept dimensions
-    window: jax.Array  # shape=(), float: g, from initial_window to infinity
+    step_in_epoch: jax.Array  #: shape=(), int32: wraps at steps_per_epoch
+    started: jax.Array  #: shape=(), bool: whether the first step has been taken
+    constraints: PyTree  #: one Constraint per constrained leaf, part of the tree's structure
+    multipliers: PyTree  #: one per constrained weight, sharded like it
+    weight_scale: PyTree  #: per leaf, shape=() or with kept dimensions
+    window: jax.Array  #: shape=(), float: g, from initial_window to infinity
     multiplier_opt_state: optax.OptState
-    lagrangian_sum: jax.Array  # shape=(), float: over this epoch so far; -inf: not comparable
-    lagrangian_lost: jax.Array  # shape=(), float: what rounding has added to it, to subtract
-    # shape=(), float: over the last epoch; inf: none yet; -inf: not comparable
+    lagrangian_sum: jax.Array  #: shape=(), float: over this epoch so far; -inf: not comparable
+    lagrangian_lost: jax.Array  #: shape=(), float: what rounding has added to it, to subtract
+    #: shape=(), float: over the last epoch; inf: none yet; -inf: not comparable
     previous_sum: jax.Array
-    patience_used: jax.Array  # shape=(), int32: epochs since the window grew
-    skipped_values: jax.Array  # shape=(), int32: steps whose value was missing or not finite
-    # shape=(), int32: ascent steps of the multipliers, including that of the first call
+    patience_used: jax.Array  #: shape=(), int32: epochs since the window grew
+    skipped_values: jax.Array  #: shape=(), int32: steps whose value was missing or not finite
+    #: shape=(), int32: ascent steps of the multipliers, including that of the first call
     multiplier_updates: jax.Array
 
 
 class ClosingState(NamedTuple):
     """State of `closing`; trees and "float" as in `CBPState`."""
 
-    # shape=(), int32: steps taken, saturating
+    #: shape=(), int32: steps taken, saturating
     count: jax.Array  # type: ignore[assignment]
     constraints: PyTree
-    multipliers: PyTree  # in units of the root mean square of the leaf's gradient
+    multipliers: PyTree  #: in units of the root mean square of the leaf's gradient
     weight_scale: PyTree
-    window: jax.Array  # shape=(), float: that of the last step
-    mean_square: PyTree  # per leaf, shape=(): of its gradient, a running mean from 0
+    window: jax.Array  #: shape=(), float: that of the last step
+    mean_square: PyTree  #: per leaf, shape=(): of its gradient, a running mean from 0
     inner: optax.OptState
 
 

@@ -25,13 +25,13 @@ class PackedError(ValueError):
 class PackedTensor:
     """A packed constrained tensor; a pytree whose leaves are the codes and the scale."""
 
-    codes: Any  # shape=(ceil(size * bits / 8),), dtype=uint8
-    # shape=(), or like the weights with 1 along the axes that share a scale; float32, or float64 if
-    # the weights are
+    codes: Any  #: shape=(ceil(size * bits / 8),), dtype=uint8
+    #: shape=(), or like the weights with 1 along the axes that share a scale; float32, or float64
+    #: if the weights are
     scale: Any
     constraint: Constraint = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: str = dataclasses.field(metadata={"static": True})  # of the weights
+    dtype: str = dataclasses.field(metadata={"static": True})  #: of the weights
 
     @property
     def size(self) -> int:
@@ -74,8 +74,8 @@ class Packed:
     empty key is "~2", and a tree that is a single leaf has the name "".
     """
 
-    tensors: dict[str, Any]  # PackedTensor or array
-    # One per constrained layer; not saved, compared or kept by tree transformations.
+    tensors: dict[str, Any]  #: PackedTensor or array
+    #: One per constrained layer; not saved, compared or kept by tree transformations.
     rounding: tuple[Rounding, ...] = ()
 
     @property
