@@ -82,7 +82,7 @@ def bits_per_byte(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.mean(found, dtype=np.float64) / np.log(2))
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: Run, distilled: bool) -> dict[str, Any]:
     """Returns what tells runs apart."""
     config = run.config
     sizes = {name: config[name] for name in ("width", "depth", "hidden", "context")}
@@ -90,7 +90,7 @@ def describe(run: Run) -> dict[str, Any]:
     if is_constrained(config):
         constraint = config.constraint
         weights = f"{constraint}, {METHODS[config.method]}"
-    if config.teacher:
+    if distilled:
         weights += ", distilled"
     return {**sizes, "constraint": constraint, "weights": weights}
 
@@ -148,7 +148,7 @@ def measure(
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for number, workdir in enumerate(workdirs):
-            Summary.read(workdir)  # raises if the run has not finished
+            summary = Summary.read(workdir)  # raises if the run has not finished
             run = restore(workdir, {"dtype": "float32"}, windows, test=True)
             state, parameters = run.state, float32_bytes(run.state.params) // 4
             opt_state = state.opt_state if is_constrained(run.config) else None
@@ -160,7 +160,7 @@ def measure(
                 timed[path.stem] = (loaded, passage.tokens[0])
                 rows[path.stem] = {
                     "run": number,
-                    **describe(run),
+                    **describe(run, summary.distilled),
                     "file": kind,
                     "parameters": parameters,
                     "bytes": path.stat().st_size,
