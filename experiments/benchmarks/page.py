@@ -105,6 +105,19 @@ def _sum_alone() -> str:
     )
 
 
+def _compile(wanted: Callable[[str], bool]) -> str:
+    results = _read("optimizer_step")
+    if results is None:
+        return _NOT_MEASURED
+    seconds = {
+        key: row["compile_seconds"]
+        for key, row in results["candidates"].items()
+        if "compile_seconds" in row
+    }
+    ours = _range([value for key, value in seconds.items() if wanted(key)])
+    return f"{ours} (plain SGD {seconds[PLAIN]:.2f})"
+
+
 def _copies(wanted: Callable[[str], bool]) -> str:
     results = _read("optimizer_step")
     if results is None:
@@ -169,6 +182,7 @@ def aims() -> str:
         ),
         ("the same, with the sum", "", _step("optimizer_step", summed)),
         ("the sum alone", "", _sum_alone()),
+        ("seconds to compile that step, CPU, with the sum", "", _compile(summed)),
         ("optimizer step over plain SGD, GPU", "1.3", _step("optimizer_step_gpu", summed)),
         ("`quantize` over a copy of the weights, CPU", "1", _quantize("forward_quantize")),
         ("the same, GPU", "1", _quantize("forward_quantize_gpu")),
