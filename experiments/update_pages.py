@@ -178,9 +178,9 @@ def advice_table() -> str:
 
 
 def llama_table() -> str:
-    """Size, exactness and speed of Llamas in llama.cpp."""
+    """Size, loss and speed of Llamas in llama.cpp."""
     path = timing.RESULTS / "llama_cpp.json"
-    return llama_cpp.table(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+    return llama_cpp.table(json.loads(path.read_text()), llama_cpp.SHORT)
 
 
 def study_tables() -> dict[str, str]:

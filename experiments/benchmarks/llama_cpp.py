@@ -191,7 +191,14 @@ HEADER = (
 )
 
 
-def table(results: Mapping[str, Any]) -> str:
+# Of HEADER, those that docs/llama.md has room for.
+SHORT = (
+    *("width", "weights", "file", "MB", "bits per weight", "bits per byte, JAX", "llama.cpp"),
+    *("tokens/s", "over F32"),
+)
+
+
+def table(results: Mapping[str, Any], columns: Sequence[str] = HEADER) -> str:
     """Formats one row per file."""
     rows = [
         (
@@ -210,7 +217,8 @@ def table(results: Mapping[str, Any]) -> str:
         )
         for row in results["files"]
     ]
-    return format_table(HEADER, rows)
+    chosen = [HEADER.index(column) for column in columns]
+    return format_table(columns, [[row[index] for index in chosen] for row in rows])
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
