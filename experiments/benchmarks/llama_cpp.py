@@ -51,7 +51,7 @@ _RUNS = flags.DEFINE_list("runs", [], "Workdirs of finished runs of the network 
 _WINDOWS = flags.DEFINE_integer("windows", 16, "Of the test part, evenly spread.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "In which each file is timed once.")
 _THREADS = flags.DEFINE_integer("threads", 1, "Of llama.cpp.")
-_OUT = flags.DEFINE_string("out", str(timing.RESULTS), "Folder for the results.")
+_FOLDER = flags.DEFINE_string("folder", str(timing.RESULTS), "Folder for the results.")
 
 
 class Passage(NamedTuple):
@@ -269,7 +269,7 @@ def main(argv: list[str]) -> None:
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "files": files,
     }
-    timing.write("llama_cpp", results, as_markdown(results), pathlib.Path(_OUT.value))
+    timing.write("llama_cpp", results, as_markdown(results), pathlib.Path(_FOLDER.value))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _places(value: Any, within: int = _WITHIN) -> list[tuple[Any, Any]]:
 def _strange(rng: Rng) -> Any:
     if rng.random() < 0.03:
         return json.loads("[" * _DEEP + "]" * _DEEP)
-    return _VALUES[rng.integers(len(_VALUES))]
+    return _copied(_VALUES[rng.integers(len(_VALUES))])  # which may be edited next
 
 
 def _strange_name(name: str, rng: Rng) -> str:
