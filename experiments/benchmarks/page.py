@@ -182,7 +182,7 @@ def aims() -> str:
         ),
         ("the same, with the sum", "", _step("optimizer_step", summed)),
         ("the sum alone", "", _sum_alone()),
-        ("seconds to compile that step, CPU, with the sum", "", _compile(summed)),
+        ("seconds to compile the step with the sum, CPU", "", _compile(summed)),
         ("optimizer step over plain SGD, GPU", "1.3", _step("optimizer_step_gpu", summed)),
         ("`quantize` over a copy of the weights, CPU", "1", _quantize("forward_quantize")),
         ("the same, GPU", "1", _quantize("forward_quantize_gpu")),
