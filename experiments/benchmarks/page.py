@@ -109,13 +109,9 @@ def _compile(wanted: Callable[[str], bool]) -> str:
     results = _read("optimizer_step")
     if results is None:
         return _NOT_MEASURED
-    seconds = {
-        key: row["compile_seconds"]
-        for key, row in results["candidates"].items()
-        if "compile_seconds" in row
-    }
-    ours = _range([value for key, value in seconds.items() if wanted(key)])
-    return f"{ours} (plain SGD {seconds[PLAIN]:.2f})"
+    rows = results["candidates"]
+    ours = _range([row["compile_seconds"] for key, row in rows.items() if wanted(key)])
+    return f"{ours} (plain SGD {rows[PLAIN]['compile_seconds']:.2f})"
 
 
 def _copies(wanted: Callable[[str], bool]) -> str:
